@@ -1,0 +1,338 @@
+"""Read and write bundles: a folder whose manifest.json names every file with its hash. No torch here.
+
+A new bundle is built in a staging folder beside its destination and swapped in as a whole
+(`publish`). Later stages add files under names that carry their content hash and then replace
+manifest.json alone (`Bundle.commit`): the manifest is the commit point, a file it does not name does
+not exist.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.numpy import load_file, save_file
+
+from .errors import BundleError, InputError, SystemStateError
+from .units import SlicePlan
+
+SCHEMA_VERSION = "1.0"
+Variant = Literal["dense", "virtual", "sliced"]
+VARIANTS: tuple[Variant, ...] = ("dense", "virtual", "sliced")
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class Parity(_Model):
+    """Say whether an artifact was compared with the model it was made from."""
+
+    status: Literal["passed", "not_run"]
+    max_abs: float | None = None
+    reason: str | None = None
+
+
+class Artifact(_Model):
+    """Describe one exported file; `path` is relative to the bundle."""
+
+    variant: Variant
+    format: str
+    dialect: str
+    scheme: str | None = None
+    precision: str
+    path: str
+    sha256: str
+    parity: Parity
+
+
+class Stage(_Model):
+    """Record one stage that ran."""
+
+    name: str
+    seconds: float
+
+
+class Manifest(_Model):
+    """Hold the contents of manifest.json; unknown keys of a newer minor version are kept."""
+
+    schema_version: str = SCHEMA_VERSION
+    versions: dict[str, str] = Field(default_factory=dict)
+    model: dict[str, Any] = Field(default_factory=dict)
+    task: dict[str, Any] = Field(default_factory=dict)
+    budget: dict[str, Any] = Field(default_factory=dict)
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    stages: list[Stage] = Field(default_factory=list)
+    plan: dict[str, Any] = Field(default_factory=dict)
+    counts: dict[str, dict[str, int]] = Field(default_factory=dict)
+    quality: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    fidelity: dict[str, Any] = Field(default_factory=dict)
+    artifacts: list[Artifact] = Field(default_factory=list)
+    golden: list[dict[str, Any]] = Field(default_factory=list)
+    files: dict[str, str] = Field(default_factory=dict)  # path relative to the bundle -> sha256
+
+
+@dataclass
+class GoldenCase:
+    """Hold one batch of inputs (B, T) int64 and the outputs of each variant on it, float32."""
+
+    inputs: dict[str, np.ndarray]
+    outputs: dict[str, dict[str, np.ndarray]]  # variant -> output name -> array
+
+
+class Bundle:
+    """Give access to the files of a bundle folder through its manifest."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.root = root
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, root: str | Path, *, verify: bool = True) -> Bundle:
+        """Open a bundle and check every hash.
+
+        Raises BundleError when it is missing, corrupted, or of a newer major schema version.
+        """
+        root = Path(root)
+        path = root / "manifest.json"
+        if not path.is_file():
+            raise BundleError(
+                f"No bundle at {root}: it has no manifest.json.",
+                hint="Make one with: deploy-prune run MODEL --out " + str(root),
+            )
+        try:
+            manifest = Manifest.model_validate(json.loads(path.read_text("utf-8")))
+        except (ValueError, ValidationError) as error:
+            raise BundleError(
+                f"{path} is not a valid manifest: {str(error).splitlines()[0]}", hint="Make the bundle again."
+            ) from error
+        major = manifest.schema_version.split(".")[0]
+        if not major.isdigit() or int(major) > int(SCHEMA_VERSION.split(".")[0]):
+            raise BundleError(
+                f"{path} has schema version {manifest.schema_version}; this version reads up to {SCHEMA_VERSION}.",
+                hint="Upgrade deploy-prune.",
+            )
+        bundle = cls(root, manifest)
+        if verify:
+            for name, digest in manifest.files.items():
+                bundle.verify(name, digest)
+        return bundle
+
+    def path(self, relative: str) -> Path:
+        """Resolve a path of the manifest; it may not leave the folder."""
+        path = (self.root / relative).resolve()
+        if not path.is_relative_to(self.root.resolve()):
+            raise BundleError(f"The manifest of {self.root} names a path outside the bundle: {relative}")
+        return path
+
+    def verify(self, relative: str, digest: str) -> None:
+        """Check one file against its SHA-256."""
+        path = self.path(relative)
+        if not path.is_file():
+            raise BundleError(f"The bundle {self.root} lacks {relative}.", hint="Make the bundle again.")
+        if (found := sha256_file(path)) != digest:
+            raise BundleError(
+                f"{relative} in the bundle {self.root} is corrupted (sha256 {found[:12]}, expected {digest[:12]}).",
+                hint="Make the bundle again, or copy it again from where it came.",
+            )
+
+    def plan(self) -> SlicePlan:
+        """Read plan.json."""
+        return SlicePlan.from_dict(json.loads(self.path("plan.json").read_text("utf-8")))
+
+    def add_file(self, source: Path, folder: str, stem: str) -> str:
+        """Move a file into the bundle under a name that carries its content hash; return its path.
+
+        It exists for readers once `commit` has written the manifest that names it.
+        """
+        digest = sha256_file(source)
+        relative = f"{folder}/{stem}-{digest[:12]}{source.suffix}" if folder else f"{stem}{source.suffix}"
+        target = self.path(relative)
+        with disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _fsync(source)
+            shutil.move(source, target)
+        self.manifest.files[relative] = digest
+        return relative
+
+    def register(self, relative: str) -> None:
+        """Name a file already in place (staging only) in the manifest."""
+        path = self.path(relative)
+        _fsync(path)
+        self.manifest.files[relative] = sha256_file(path)
+
+    def golden(self) -> list[GoldenCase]:
+        """Read the golden cases: inputs and each variant's outputs at several shapes and paddings."""
+        cases = []
+        for entry in self.manifest.golden:
+            tensors = load_file(self.path(entry["path"]))
+            case = GoldenCase({}, {})
+            for key, array in tensors.items():
+                owner, name = key.split(".", 1)
+                target = case.inputs if owner == "input" else case.outputs.setdefault(owner, {})
+                target[name] = array
+            cases.append(case)
+        return cases
+
+    def add_golden(self, case: GoldenCase) -> None:
+        """Store one golden case as golden/case<N>-<hash>.safetensors."""
+        tensors = {f"input.{name}": array for name, array in case.inputs.items()}
+        for variant, outputs in case.outputs.items():
+            tensors |= {f"{variant}.{name}": array for name, array in outputs.items()}
+        temporary = self.root / ".golden.safetensors"
+        with disk_errors(temporary):
+            save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary)
+        stem = f"case{len(self.manifest.golden)}"
+        self.manifest.golden.append({"path": self.add_file(temporary, "golden", stem)})
+
+    def commit(self) -> None:
+        """Replace manifest.json atomically, then remove files that no manifest names."""
+        write_atomically(self.root / "manifest.json", self.manifest.model_dump_json(indent=2) + "\n")
+        self._collect()
+
+    def _collect(self) -> None:
+        named = {str(self.path(name)) for name in self.manifest.files}
+        for folder in ("artifacts", "bench", "golden"):
+            for path in (self.root / folder).glob("*"):
+                if path.is_file() and str(path.resolve()) not in named:
+                    path.unlink(missing_ok=True)
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that readers see the old or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path):
+        try:
+            with open(temporary, "w", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _fsync(path.parent)
+
+
+@contextmanager
+def staging(destination: str | Path) -> Iterator[Bundle]:
+    """Build a new bundle in a hidden folder beside `destination`; removed if the block raises.
+
+    The caller fills it and calls `publish`. Holds a lock, so that two runs cannot write one bundle.
+    """
+    destination = Path(os.path.abspath(destination))
+    if destination.exists() and not (destination / "manifest.json").is_file():
+        if not destination.is_dir():
+            raise InputError(f"{destination} exists and is not a folder.", hint="Choose another --out.")
+        if any(destination.iterdir()):
+            raise InputError(
+                f"{destination} is not empty and is not a bundle.",
+                hint="Choose another --out, or empty the folder: nothing in it was touched.",
+            )
+    with disk_errors(destination):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+    with locked(destination):
+        root = destination.parent / f".{destination.name}.staging"
+        with disk_errors(root):
+            shutil.rmtree(root, ignore_errors=True)
+            root.mkdir()
+        try:
+            with disk_errors(destination):
+                yield Bundle(root, Manifest())
+        finally:
+            shutil.rmtree(root, ignore_errors=True)
+
+
+@contextmanager
+def locked(destination: str | Path) -> Iterator[None]:
+    """Hold the lock of a bundle folder; raises SystemStateError when another run holds it."""
+    destination = Path(os.path.abspath(destination))
+    lock = FileLock(destination.parent / f".{destination.name}.lock")
+    with disk_errors(destination):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise SystemStateError(
+                f"Another run is writing {destination}.", hint="Wait for it, or choose another --out."
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def publish(bundle: Bundle, destination: str | Path) -> Bundle:
+    """Swap a finished staging bundle into place as a whole and return it opened there."""
+    destination = Path(os.path.abspath(destination))
+    bundle.commit()
+    with disk_errors(destination):
+        for path in bundle.root.rglob("*"):
+            _fsync(path)
+        if destination.exists():
+            _exchange(bundle.root, destination)
+        else:
+            os.rename(bundle.root, destination)
+        _fsync(destination.parent)
+    return Bundle.open(destination)
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Exchange two folders atomically (Linux renameat2); elsewhere by two renames."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        at_fdcwd, exchange = -100, 2
+        if libc.renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), exchange) == 0:
+            return
+        if ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(b))
+    old = b.with_name(f".{b.name}.old")
+    os.rename(b, old)
+    try:
+        os.rename(a, b)
+    except OSError:
+        os.rename(old, b)
+        raise
+    os.rename(old, a)
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a full disk or a read-only folder into an error that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SystemStateError(
+                f"The disk is full: could not write {where}.", hint="Free some space, then run it again."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise SystemStateError(
+                f"No permission to write {where}: {error.strerror}.", hint="Choose another --out."
+            ) from error
+        raise

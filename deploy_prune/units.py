@@ -1,0 +1,170 @@
+"""What can be cut, which of it stays, and the frozen plan of a cut. No torch here.
+
+A *unit* is an attention head or an FFN neuron. A *unit group* says which output rows of the
+producers make the unit and which input columns of the consumer read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from .errors import InputError
+
+UnitKind = Literal["head", "neuron"]
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Name the modules that are cut together for one sub-layer.
+
+    `producers` lose output rows, `consumer` loses input columns; a unit is `width` consecutive rows
+    or columns. `core` is the module left out altogether when no unit stays ("" = the producers
+    alone). Module paths are relative to the model's root.
+    """
+
+    name: str  # "L03.heads"
+    kind: UnitKind
+    layer: int
+    size: int  # number of units
+    width: int  # rows of a producer per unit: head_dim for a head, 1 for a neuron
+    producers: tuple[str, ...]
+    consumer: str
+    core: str = ""
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Hold the kept units of one group, ascending, and the scale that each is multiplied by."""
+
+    name: str
+    kind: UnitKind
+    layer: int
+    total: int
+    kept: tuple[int, ...]
+    scales: tuple[float, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.kept)
+
+
+class MaskSet(dict[str, np.ndarray]):
+    """Map each group name to its mask (units,) of float64; 0 cuts the unit, any other value scales it."""
+
+    @classmethod
+    def ones(cls, groups: Iterable[UnitGroup]) -> MaskSet:
+        return cls({g.name: np.ones(g.size) for g in groups})
+
+
+@dataclass(frozen=True)
+class SlicePlan:
+    """Say which units of which groups stay. Frozen, hashable, free of torch."""
+
+    groups: tuple[GroupPlan, ...]
+
+    @classmethod
+    def from_masks(cls, groups: Sequence[UnitGroup], masks: Mapping[str, np.ndarray]) -> SlicePlan:
+        """Build the plan from one mask (units,) per group.
+
+        Raises InputError for a missing, extra, wrongly sized or non-finite mask.
+        """
+        names = {g.name for g in groups}
+        if extra := sorted(set(masks) - names):
+            raise InputError(
+                f"Masks for unknown groups: {', '.join(extra)}.",
+                hint=f"This model has: {', '.join(sorted(names))}.",
+            )
+        plans = []
+        for g in groups:
+            if g.name not in masks:
+                raise InputError(f"No mask for group {g.name}.", hint=f"Give {g.size} values for it.")
+            mask = np.asarray(masks[g.name], dtype=np.float64)
+            if mask.shape != (g.size,):
+                raise InputError(
+                    f"The mask of {g.name} has shape {mask.shape}, but the group has {g.size} {g.kind}s.",
+                    hint="Masks must be made for this very architecture.",
+                )
+            if not np.isfinite(mask).all():
+                raise InputError(f"The mask of {g.name} holds NaN or Inf.", hint="Use finite values.")
+            kept = np.flatnonzero(mask)
+            plans.append(
+                GroupPlan(
+                    name=g.name,
+                    kind=g.kind,
+                    layer=g.layer,
+                    total=g.size,
+                    kept=tuple(int(i) for i in kept),
+                    scales=tuple(float(v) for v in mask[kept]),
+                )
+            )
+        return cls(tuple(plans))
+
+    def masks(self) -> MaskSet:
+        """Return the mask values (units,) of every group."""
+        out = MaskSet()
+        for g in self.groups:
+            mask = np.zeros(g.total)
+            mask[list(g.kept)] = g.scales
+            out[g.name] = mask
+        return out
+
+    def __getitem__(self, name: str) -> GroupPlan:
+        for g in self.groups:
+            if g.name == name:
+                return g
+        raise KeyError(name)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON of the kept indices per group (integers only)."""
+        kept = {g.name: list(g.kept) for g in self.groups}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def layer_counts(self) -> list[dict[str, int]]:
+        """Return the kept counts per layer: [{"heads": .., "neurons": ..}, ...]."""
+        layers: dict[int, dict[str, int]] = {}
+        for g in self.groups:
+            layers.setdefault(g.layer, {})[f"{g.kind}s"] = g.count
+        return [layers[i] for i in sorted(layers)]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "hash": self.hash,
+            "groups": [
+                {
+                    "name": g.name,
+                    "kind": g.kind,
+                    "layer": g.layer,
+                    "total": g.total,
+                    "kept": list(g.kept),
+                    "scales": list(g.scales),
+                }
+                for g in self.groups
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SlicePlan:
+        """Read what `to_dict` wrote. Raises InputError when the hash does not match."""
+        plan = cls(
+            tuple(
+                GroupPlan(
+                    name=g["name"],
+                    kind=g["kind"],
+                    layer=int(g["layer"]),
+                    total=int(g["total"]),
+                    kept=tuple(int(i) for i in g["kept"]),
+                    scales=tuple(float(s) for s in g["scales"]),
+                )
+                for g in data["groups"]
+            )
+        )
+        if plan.hash != data["hash"]:
+            raise InputError("The plan's hash does not match its kept units.", hint="Make the bundle again.")
+        return plan
