@@ -25,7 +25,8 @@ class UnitGroup:
 
     `producers` lose output rows, `consumer` loses input columns; a unit is `width` consecutive rows
     or columns. `core` is the module left out altogether when no unit stays ("" = the producers
-    alone). Module paths are relative to the model's root.
+    alone). `residual` is the module whose first input is the stream that is added to the consumer's
+    output. Module paths are relative to the model's root.
     """
 
     name: str  # "L03.heads"
@@ -33,9 +34,16 @@ class UnitGroup:
     layer: int
     size: int  # number of units
     width: int  # rows of a producer per unit: head_dim for a head, 1 for a neuron
+    hidden: int  # d: what the producers read and the consumer writes
+    params: int  # parameters that one unit takes with it
     producers: tuple[str, ...]
     consumer: str
+    residual: str
     core: str = ""
+
+    def columns(self, kept: Iterable[int]) -> list[int]:
+        """Return the consumer's input columns (= the producers' output rows) of the kept units."""
+        return [u * self.width + j for u in kept for j in range(self.width)]
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,69 @@
-"""TODO"""
+"""Adapters, one file per family; others may be added by the entry-point group "deploy_prune.archs"."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UnsupportedModelError
+from . import bert, distilbert, electra, mpnet, roberta
+from .base import Arch, Sublayer, per_layer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Arch", "Sublayer", "arch_of", "check_config", "per_layer", "supported"]
+
+_REFUSED = {
+    "albert": "ALBERT shares one layer's weights between all layers: slicing one layer would slice them all.",
+    "deberta": "DeBERTa's disentangled attention has projections of relative positions that cannot be cut by head.",
+    "deberta-v2": "DeBERTa-v2's disentangled attention shares its projections with the relative positions.",
+}
+
+
+@cache
+def supported() -> dict[str, Arch]:
+    """Map every supported model type to its adapter."""
+    adapters = [module.ARCH for module in (bert, distilbert, electra, mpnet, roberta)]
+    adapters += [point.load() for point in entry_points(group="deploy_prune.archs")]
+    return {model_type: arch for arch in adapters for model_type in arch.model_types}
+
+
+def check_config(config: Any) -> Arch:
+    """Return the adapter for a transformers config.
+
+    Raises UnsupportedModelError, with the reason, for a model that cannot be pruned.
+    """
+    model_type = str(getattr(config, "model_type", ""))
+    known = f"Supported: {', '.join(sorted(supported()))}."
+    if model_type in _REFUSED:
+        raise UnsupportedModelError(_REFUSED[model_type], hint=known)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"'{model_type}' is an encoder-decoder: its cross-attention is not handled.", hint=known
+        )
+    heads = getattr(config, "num_attention_heads", None)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if heads != kv_heads:
+        raise UnsupportedModelError(
+            f"'{model_type}' uses grouped-query attention ({heads} query heads share {kv_heads} key-value"
+            " heads): a head cannot be cut on its own.",
+            hint=known,
+        )
+    if model_type not in supported():
+        raise UnsupportedModelError(f"No adapter for the architecture '{model_type}'.", hint=known)
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise UnsupportedModelError(
+            f"This '{model_type}' is configured as a decoder: only encoders are handled.", hint=known
+        )
+    if getattr(config, "deploy_prune", None):
+        raise UnsupportedModelError("This model has been sliced already.", hint="Give the dense checkpoint.")
+    return supported()[model_type]
+
+
+def arch_of(model: nn.Module) -> Arch:
+    """Return the adapter of a loaded model (also of a sliced one)."""
+    config: Any = model.config
+    arch = supported().get(str(config.model_type))
+    return arch if arch is not None else check_config(config)
