@@ -52,9 +52,7 @@ class Split(ABC):
         """Tokenise the whole split for evaluation (QA may give several rows per example)."""
 
     @abstractmethod
-    def score(
-        self, outputs: Sequence[RowOutput], dense: Sequence[RowOutput] | None = None
-    ) -> dict[str, float]:
+    def score(self, outputs: Sequence[RowOutput], dense: Sequence[RowOutput] | None = None) -> dict[str, float]:
         """Score the outputs of `rows()`, the primary metric first, each in its own scale (0..1, -1..1).
 
         `dense` holds the dense model's outputs of the same rows (retrieval recall needs them).

@@ -1,0 +1,60 @@
+"""Turn texts into model inputs without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+
+TEXT_LENGTH = 512
+QA_LENGTH = 384
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+# Positions of these models start after the padding index, so two of the table's rows are never used.
+_POSITION_OFFSET = {"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet"}
+
+
+def resolve_length(tokenizer: Any, config: Any, requested: int | None, default: int = TEXT_LENGTH) -> int:
+    """Return the longest row in tokens: `requested`, else the default, within the model's own limit.
+
+    Raises InputError when `requested` is more than the model takes, or too few to hold a text.
+    """
+    limits = [int(getattr(tokenizer, "model_max_length", 10**9))]
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions:
+        offset = getattr(config, "model_type", "") in _POSITION_OFFSET
+        limits.append(int(positions) - ((config.pad_token_id or 0) + 1 if offset else 0))
+    limit = limits[-1] if requested else min(limits)  # the positions are a hard limit, the tokenizer's is not
+    if requested is None:
+        return min(limit, default)
+    if not 8 <= requested <= limit:
+        raise InputError(
+            f"The sequence length {requested} is outside 8..{limit} for this model.",
+            hint="Give a length in that range, or leave it out.",
+        )
+    return requested
+
+
+def require_fast(tokenizer: Any, task: str) -> None:
+    """Raise InputError for a tokenizer that cannot say which word or characters a token comes from."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"The task '{task}' needs a fast tokenizer (tokenizer.json); this one is {type(tokenizer).__name__}.",
+            hint="Load it with AutoTokenizer and save it again, so that the model has a tokenizer.json.",
+        )
+
+
+def input_names(encoding: Mapping[str, Any], config: Any) -> list[str]:
+    """Return the tokenizer's outputs that the model takes (T,).
+
+    Token types are left out where the model has fewer than two: it has none, or all are 0 anyway.
+    """
+    two_types = int(getattr(config, "type_vocab_size", 0) or 0) >= 2
+    return [n for n in _INPUTS if n in encoding and (n != "token_type_ids" or two_types)]
+
+
+def features(encoding: Mapping[str, Any], names: Sequence[str], row: int) -> dict[str, np.ndarray]:
+    """Return one row of a batch encoding as int64 arrays (T,)."""
+    return {name: np.asarray(encoding[name][row], dtype=np.int64) for name in names}
