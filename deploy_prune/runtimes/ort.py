@@ -1,0 +1,116 @@
+"""ONNX Runtime: the only place that opens an InferenceSession. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..bundle import Artifact, Bundle, Variant
+from ..errors import InputError, MissingExtraError, SystemStateError
+from .base import Arrays, Runner, TensorSpec
+
+Provider = Literal["cpu", "cuda"]
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_DTYPES = {
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(bool)": np.bool_,
+}
+
+
+class OrtRunner(Runner):
+    """Run an ONNX file. `threads` are the intra-op threads (None = the runtime's own choice).
+
+    `stop_spinning` lets idle threads sleep as soon as a run ends, so that sessions measured side by
+    side do not steal each other's cores. Opening raises MissingExtraError without onnxruntime and
+    SystemStateError when the asked provider is not the one that computes.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        provider: Provider = "cpu",
+        threads: int | None = None,
+        *,
+        stop_spinning: bool = False,
+    ) -> None:
+        if provider not in _PROVIDERS:
+            raise InputError(f"No ONNX Runtime provider '{provider}'.", hint="There are: cpu, cuda.")
+        self.path = Path(path)
+        self.provider = _PROVIDERS[provider]
+        self.extra = "cpu" if provider == "cpu" else "gpu"
+        self.threads = threads
+        self.stop_spinning = stop_spinning
+        self.session: Any = None
+
+    def _activate(self) -> None:
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            raise MissingExtraError("onnxruntime", self.extra) from error
+        if not self.path.is_file():
+            raise InputError(
+                f"No ONNX file at {self.path}.", hint="Export it first: deploy-prune export BUNDLE"
+            )
+        if self.provider not in ort.get_available_providers():
+            raise MissingExtraError("onnxruntime-gpu", "gpu")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # errors only
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
+        if self.stop_spinning:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+        try:
+            self.session = ort.InferenceSession(str(self.path), options, providers=[self.provider])
+        except Exception as error:  # ONNX Runtime's own exceptions share no base class
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"ONNX Runtime cannot load {self.path}: {reason}", hint="Export it again."
+            ) from error
+        if (found := self.session.get_providers())[0] != self.provider:  # ORT falls back without a word
+            self.session = None
+            raise SystemStateError(
+                f"ONNX Runtime would compute with {found[0]}, not with {self.provider}.",
+                hint="Check the driver and the CUDA libraries (deploy-prune doctor), or use the CPU.",
+            )
+        self.inputs = tuple(_spec(i) for i in self.session.get_inputs())
+        self.output_names = tuple(o.name for o in self.session.get_outputs())
+
+    def _infer(self, feeds: Arrays) -> Arrays:
+        return dict(zip(self.output_names, self.session.run(None, feeds), strict=True))
+
+    def _deactivate(self) -> None:
+        self.session = None
+
+
+def _spec(node: Any) -> TensorSpec:
+    if node.type not in _DTYPES:
+        raise InputError(f"Input {node.name} has the type {node.type}, which this runner does not feed.")
+    shape = tuple(
+        axis if isinstance(axis, int | str) else f"{node.name}.{i}" for i, axis in enumerate(node.shape)
+    )
+    return TensorSpec(node.name, np.dtype(_DTYPES[node.type]), shape)
+
+
+def find_onnx(bundle: Bundle, variant: Variant, *, precision: str = "fp32") -> Artifact:
+    """Return the bundle's ONNX artifact of a variant. Raises InputError when there is none."""
+    for artifact in bundle.manifest.artifacts:
+        if (artifact.variant, artifact.format, artifact.precision) == (variant, "onnx", precision):
+            return artifact
+    raise InputError(
+        f"The bundle {bundle.root} has no {precision} ONNX file of the {variant} model.",
+        hint=f"Export it first: deploy-prune export {bundle.root}",
+    )
+
+
+def open_ort_cpu(bundle: Bundle, variant: Variant, *, threads: int | None = None) -> Runner:
+    """Open a variant's ONNX file on the CPU provider."""
+    path = bundle.path(find_onnx(bundle, variant).path)
+    return OrtRunner(path, "cpu", threads, stop_spinning=True)
+
+
+RUNTIMES = {"ort-cpu": open_ort_cpu}

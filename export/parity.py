@@ -1,0 +1,56 @@
+"""Compare an exported file with the model it was made from, at shapes and paddings it was not traced at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..bundle import GoldenCase, Parity
+from ..errors import VerdictError
+from ..runtimes import Runner
+
+TOLERANCE = {"fp32": 1e-4}  # largest absolute difference allowed, by precision
+_PER_TOKEN = ("token", "qa")  # heads whose outputs are (B, T, ...)
+
+
+def check_parity(
+    runner: Runner,
+    cases: Sequence[GoldenCase],
+    variant: str,
+    *,
+    head: str,
+    precision: str = "fp32",
+) -> Parity:
+    """Run every golden case in an open runner and compare with the stored outputs of `variant`.
+
+    Outputs per token are compared where attention_mask is 1. Raises VerdictError, with the shape of
+    the case and the difference, when one is not within the tolerance.
+    """
+    tolerance = TOLERANCE[precision]
+    worst = 0.0
+    compared = [case for case in cases if variant in case.outputs]
+    for case in compared:
+        got = runner.infer({name: case.inputs[name] for name in runner.input_names})
+        shape = tuple(case.inputs["attention_mask"].shape)
+        where = f"the exported {variant} model at batch x sequence {shape}"
+        for name, expected in case.outputs[variant].items():
+            if name not in got or got[name].shape != expected.shape:
+                found = got[name].shape if name in got else "nothing"
+                raise VerdictError(
+                    f"Output {name} of {where} is {found}, expected {expected.shape}.",
+                    hint="The export is wrong at shapes it was not traced at; nothing was stored.",
+                )
+            difference = np.abs(got[name].astype(np.float64) - expected)
+            if head in _PER_TOKEN:
+                difference = difference[case.inputs["attention_mask"].astype(bool)]
+            max_abs = float(difference.max(initial=0.0))
+            if not max_abs <= tolerance:  # NaN fails too
+                raise VerdictError(
+                    f"Output {name} of {where} is off by {max_abs:.3g} (allowed {tolerance:g}).",
+                    hint="The export does not compute what the model computes; nothing was stored.",
+                )
+            worst = max(worst, max_abs)
+    if not compared:
+        return Parity(status="not_run", reason=f"the bundle holds no golden outputs of the {variant} model")
+    return Parity(status="passed", max_abs=worst)
