@@ -1,0 +1,66 @@
+# One command each, on a machine with Python >= 3.11 and make. `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup export test check test-transformers4 clean
+
+PYTHON ?= python3
+# The CPU and the CUDA runtimes overwrite each other, so each flavour has an environment of its own.
+ifeq ($(GPU),1)
+VENV := .venv-gpu
+EXTRAS := gpu,tensorrt,dev
+else
+VENV := .venv
+EXTRAS := cpu,dev
+endif
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+OVERLAY := .overlay-transformers4
+
+# $(call flag,VARIABLE,--option) is `--option 'value'` where the variable is set, whatever the value holds.
+quoted = '$(subst ','\'',$(value $(1)))'
+flag = $(if $(value $(1)),$(2) $(call quoted,$(1)))
+
+help: ## Show this list
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 28
+	@echo "Variables of export: MODEL TASK DATA KEEP SEQ SAMPLES SEED DEVICE FORMATS PRECISION OUT"
+	@echo "Variables of all:    GPU=1, PYTHON=python3.12, TORCH_INDEX=URL (where to find another torch wheel)"
+
+setup: $(READY) ## Make the environment and install everything, pinned
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11: install a newer one, or name it: make PYTHON=python3.12"; exit 4; }
+	@echo "Installing the pinned packages into $(VENV): once, a few minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+	  $(BIN)/python -m pip install --quiet $(call flag,TORCH_INDEX,--extra-index-url) -e '.[$(EXTRAS)]'
+	@touch $@
+
+export: MODEL ?= demo
+export: $(READY) ## Prune, slice, export and measure MODEL (default: the built-in demo)
+	@$(BIN)/deploy-prune run $(call quoted,MODEL) $(call flag,TASK,--task) $(call flag,DATA,--data) \
+	  $(call flag,KEEP,--keep-flops) $(call flag,SEQ,--seq-len) $(call flag,SAMPLES,--samples) \
+	  $(call flag,SEED,--seed) $(call flag,DEVICE,--device) $(call flag,FORMATS,--formats) \
+	  $(call flag,PRECISION,--precision) $(call flag,OUT,--out)
+
+test: $(READY) ## Run all tests (those on real data only where DEPLOY_PRUNE_DATA is set)
+	$(BIN)/python -m pytest -rs
+
+check: $(READY) ## Run ruff, mypy on an installed copy, and the test of the import direction
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYTHONPATH=tests $(BIN)/python -m tools.typecheck
+	$(BIN)/python -m pytest tests/test_imports.py
+
+test-transformers4: $(READY) $(OVERLAY)/.installed ## Run the core tests under transformers 4.57
+	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -c 'import transformers as t; assert t.__version__[0] == "4"'
+	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -m pytest tests/test_core_*.py
+
+$(OVERLAY)/.installed: constraints-transformers4.txt $(READY)
+	rm -rf $(OVERLAY)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OVERLAY) -r constraints-transformers4.txt
+	@touch $@
+
+clean: ## Remove caches and build outputs (environments and bundles stay)
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis $(OVERLAY)
+	find . -path './.venv*' -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf
