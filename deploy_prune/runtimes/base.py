@@ -85,9 +85,7 @@ def check_feeds(specs: tuple[TensorSpec, ...], feeds: Mapping[str, np.ndarray]) 
     names = [spec.name for spec in specs]
     takes = f"The model takes {', '.join(names)}."
     if missing := [n for n in names if n not in feeds]:
-        raise InputError(
-            f"Missing inputs: {', '.join(missing)}.", hint=f"The model takes {', '.join(names)}."
-        )
+        raise InputError(f"Missing inputs: {', '.join(missing)}.", hint=f"The model takes {', '.join(names)}.")
     if extra := sorted(set(feeds) - set(names)):
         raise InputError(f"Unknown inputs: {', '.join(extra)}.", hint=takes)
     sizes: dict[str, tuple[int, str]] = {}
@@ -106,6 +104,4 @@ def check_feeds(specs: tuple[TensorSpec, ...], feeds: Mapping[str, np.ndarray]) 
             if isinstance(axis, str):
                 known, owner = sizes.setdefault(axis, (size, spec.name))
             if size != known:
-                raise InputError(
-                    f"{wanted} with {axis} = {known} as in {owner}.", hint="Pad all inputs to one shape."
-                )
+                raise InputError(f"{wanted} with {axis} = {known} as in {owner}.", hint="Pad all inputs to one shape.")

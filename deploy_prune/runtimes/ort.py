@@ -53,9 +53,7 @@ class OrtRunner(Runner):
         except ImportError as error:
             raise MissingExtraError("onnxruntime", self.extra) from error
         if not self.path.is_file():
-            raise InputError(
-                f"No ONNX file at {self.path}.", hint="Export it first: deploy-prune export BUNDLE"
-            )
+            raise InputError(f"No ONNX file at {self.path}.", hint="Export it first: deploy-prune export BUNDLE")
         if self.provider not in ort.get_available_providers():
             raise MissingExtraError("onnxruntime-gpu", "gpu")
         options = ort.SessionOptions()
@@ -68,9 +66,7 @@ class OrtRunner(Runner):
             self.session = ort.InferenceSession(str(self.path), options, providers=[self.provider])
         except Exception as error:  # ONNX Runtime's own exceptions share no base class
             reason = str(error).splitlines()[0]
-            raise InputError(
-                f"ONNX Runtime cannot load {self.path}: {reason}", hint="Export it again."
-            ) from error
+            raise InputError(f"ONNX Runtime cannot load {self.path}: {reason}", hint="Export it again.") from error
         if (found := self.session.get_providers())[0] != self.provider:  # ORT falls back without a word
             self.session = None
             raise SystemStateError(
@@ -90,9 +86,7 @@ class OrtRunner(Runner):
 def _spec(node: Any) -> TensorSpec:
     if node.type not in _DTYPES:
         raise InputError(f"Input {node.name} has the type {node.type}, which this runner does not feed.")
-    shape = tuple(
-        axis if isinstance(axis, int | str) else f"{node.name}.{i}" for i, axis in enumerate(node.shape)
-    )
+    shape = tuple(axis if isinstance(axis, int | str) else f"{node.name}.{i}" for i, axis in enumerate(node.shape))
     return TensorSpec(node.name, np.dtype(_DTYPES[node.type]), shape)
 
 

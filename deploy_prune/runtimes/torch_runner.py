@@ -23,9 +23,7 @@ class TorchRunner(Runner):
     `threads` holds for the whole process while the runner is open; closing it puts the old number back.
     """
 
-    def __init__(
-        self, model: nn.Module, head: Head, input_names: Sequence[str], threads: int | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, head: Head, input_names: Sequence[str], threads: int | None = None) -> None:
         self.model = model
         self.head = head
         self.threads = threads

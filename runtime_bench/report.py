@@ -1,0 +1,211 @@
+"""Tell what a bundle holds in one page: report.html, and the rows of the table printed at the end. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ..bundle import VARIANTS, Bundle, disk_errors, sha256_file, write_atomically
+from .bench import latest_bench
+
+REPORT = "report.html"
+
+
+def summary_rows(bundle: Bundle) -> list[dict[str, Any]]:
+    """Return one row per variant: costs, speed and memory per runtime, quality and fidelity.
+
+    Keys: variant, flops, encoder_flops, params, weight_bytes, keep_flops (share of the dense encoder's),
+    runtimes [{runtime, provider, batch, seq, threads, median_ms, p95_ms, ratio {value, low, high},
+    peak_rss_bytes}], metric, value, n, agreement, kl (nats), rmse, cosine. What was not measured is None.
+    """
+    manifest = bundle.manifest
+    measured = latest_bench(bundle)["measurements"]
+    dense_flops = manifest.counts.get("dense", {}).get("encoder_flops")
+    rows = []
+    for variant in VARIANTS:
+        counts = manifest.counts.get(variant, {})
+        quality = manifest.quality.get(variant, {})
+        fidelity = manifest.fidelity if variant == "sliced" else manifest.fidelity.get(variant) or {}
+        encoder = counts.get("encoder_flops")
+        rows.append(
+            {
+                "variant": variant,
+                **{key: counts.get(key) for key in ("flops", "encoder_flops", "params", "weight_bytes")},
+                "keep_flops": encoder / dense_flops if encoder is not None and dense_flops else None,
+                "runtimes": [_speed(m) for m in _first_cells(measured) if m["variant"] == variant],
+                **{key: quality.get(key) for key in ("metric", "value", "n")},
+                **{key: fidelity.get(key) for key in ("agreement", "kl", "rmse", "cosine")},
+            }
+        )
+    return rows
+
+
+def _first_cells(measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Keep the measurements of each runtime's first shape: the variants must come from one session."""
+    first: dict[str, tuple[int, ...]] = {}
+    for m in measurements:
+        first.setdefault(m["runtime"], (m["batch"], m["seq"], m["threads"]))
+    return [m for m in measurements if first[m["runtime"]] == (m["batch"], m["seq"], m["threads"])]
+
+
+def _speed(m: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **{key: m[key] for key in ("runtime", "provider", "batch", "seq", "threads")},
+        "median_ms": m["latency_ms"]["median"],
+        "p95_ms": m["latency_ms"]["p95"],
+        "ratio": m["ratio_to_dense"],
+        "peak_rss_bytes": m["peak_rss_bytes"],
+    }
+
+
+def write_report(bundle: Bundle) -> str:
+    """Write report.html into the bundle and name it in the manifest; the caller commits.
+
+    A manifest that names an older report is committed without it first, so that a kill between here
+    and the caller's commit leaves no file that differs from its recorded hash.
+    """
+    html = render_report(bundle)
+    path = bundle.path(REPORT)
+    if bundle.manifest.files.pop(REPORT, None) is not None:
+        bundle.commit()
+    with disk_errors(path):
+        write_atomically(path, html)
+    bundle.manifest.files[REPORT] = sha256_file(path)
+    return REPORT
+
+
+def render_report(bundle: Bundle) -> str:
+    """Return the report as one self-contained HTML page."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= FILTERS
+    rows = summary_rows(bundle)
+    bench = latest_bench(bundle)
+    return environment.get_template("report.html.j2").render(
+        manifest=bundle.manifest,
+        headline=headline(bundle, rows),
+        rows=rows,
+        lines=_lines(rows),
+        layers=_layers(bundle),
+        stages=[stage.model_dump() for stage in bundle.manifest.stages],
+        machine=bench["machine"],
+        failures=bench["failures"],
+        task=bundle.manifest.task.get("name", "unnamed"),
+        declined=_declined,
+    )
+
+
+def headline(bundle: Bundle, rows: list[dict[str, Any]]) -> str:
+    """Say in plain words what slicing changed, only from what was measured."""
+    dense, sliced = rows[0], rows[-1]
+    said = []
+    if sliced["keep_flops"] is not None:
+        seq = bundle.manifest.budget.get("seq_len")
+        said.append(f"The sliced model keeps {percent(sliced['keep_flops'])} of the encoder's FLOPs at {seq} tokens.")
+    speed = next((r for r in sliced["runtimes"] if r["ratio"]), None)
+    if speed:
+        ratio = speed["ratio"]
+        where = f"On {speed['runtime']} at batch {speed['batch']} and {speed['seq']} tokens"
+        interval = f"95% interval {ratio['low']:.2f} to {ratio['high']:.2f}"
+        if ratio["high"] < 1:
+            said.append(f"{where} it takes {ratio['value']:.2f} times as long as the dense one ({interval}).")
+        elif ratio["low"] > 1:
+            said.append(f"{where} it is slower: {ratio['value']:.2f} times the dense one's time ({interval}).")
+        else:
+            said.append(f"{where} no difference in speed from the dense one was found ({interval}).")
+    if dense["value"] is not None and sliced["value"] is not None:
+        said.append(f"Its {sliced['metric']} is {sliced['value']:.4f}; the dense model's is {dense['value']:.4f}.")
+    elif sliced["agreement"] is not None:
+        said.append(f"It decides as the dense model does on {percent(sliced['agreement'])} of the rows.")
+    return " ".join(said) or "Nothing has been measured yet."
+
+
+def _lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turn the rows around: one line per quantity with a cell per variant, empty quantities left out."""
+    lines: list[dict[str, Any]] = []
+
+    def add(label: str, note: str, get: Callable[[dict[str, Any]], Any], show: Callable[[Any], str]) -> None:
+        values = [get(row) for row in rows]
+        if any(v is not None for v in values):
+            cells = ["–" if v is None else show(v) for v in values]
+            lines.append({"label": label, "note": note, "cells": cells})
+
+    metric = next((r["metric"] for r in rows if r["metric"]), "quality")
+    n = next((r["n"] for r in rows if r["n"]), None)
+    add(metric, f"{n} rows" if n else "", lambda r: r["value"], "{:.4f}".format)
+    add("Agreement", "same decision as dense", lambda r: r["agreement"], percent)
+    add("KL to dense", "nats, mean", lambda r: r["kl"], "{:.4g}".format)
+    add("RMSE to dense", "", lambda r: r["rmse"], "{:.4g}".format)
+    add("Cosine to dense", "mean", lambda r: r["cosine"], "{:.4f}".format)
+    for name in dict.fromkeys(s["runtime"] for r in rows for s in r["runtimes"]):
+
+        def speed(row: dict[str, Any], name: str = name) -> dict[str, Any] | None:
+            return next((s for s in row["runtimes"] if s["runtime"] == name), None)
+
+        example: dict[str, Any] = next(s for r in rows if (s := speed(r)))
+        note = f"batch {example['batch']}, {example['seq']} tokens, {example['threads']} threads"
+        add(f"Latency, {name}", f"median (p95) ms; {note}", speed, _show_ms)
+        add("– against dense", "ratio, 95% interval", _inside(speed, "ratio"), show_ratio)
+        add("– peak memory", "process, loading included", _inside(speed, "peak_rss_bytes"), show_bytes)
+    add("Encoder FLOPs", "2 x MAC, batch 1, at the budget's length", lambda r: r["encoder_flops"], show_count)
+    add("– share of dense", "", lambda r: r["keep_flops"], percent)
+    add("All FLOPs", "with embeddings and head", lambda r: r["flops"], show_count)
+    add("Parameters", "", lambda r: r["params"], show_count)
+    add("Weights", "in fp32", lambda r: r["weight_bytes"], show_bytes)
+    return lines
+
+
+def _inside(get: Callable[[dict[str, Any]], dict[str, Any] | None], key: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda row: (get(row) or {}).get(key)
+
+
+def _declined(stage: dict[str, Any]) -> str:
+    """Return a stage's declined groups with their reasons, or why it did not run at all."""
+    entries = stage.get("declined") or []
+    return "; ".join(f"{e['group']}: {e['reason']}" for e in entries) or "none"
+
+
+def _layers(bundle: Bundle) -> list[dict[str, Any]]:
+    """Return per layer what each group keeps: [{"layer", "heads": {kept, total}, "neurons": {...}}]."""
+    if "plan.json" not in bundle.manifest.files:
+        return []
+    layers: dict[int, dict[str, Any]] = {}
+    for g in bundle.plan().groups:
+        entry = layers.setdefault(g.layer, {"layer": g.layer})
+        entry[f"{g.kind}s"] = {"kept": g.count, "total": g.total}
+    return [layers[i] for i in sorted(layers)]
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def show_ratio(ratio: dict[str, float]) -> str:
+    return f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+
+
+def _show_ms(speed: dict[str, Any]) -> str:
+    return f"{speed['median_ms']:.2f} ({speed['p95_ms']:.2f})"
+
+
+def show_count(value: float) -> str:
+    """Show a count with three digits and a decimal unit: 1,789,440 -> 1.79 M."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def show_bytes(value: float) -> str:
+    return f"{value / 1e6:,.1f} MB" if value < 1e9 else f"{value / 1e9:,.2f} GB"
+
+
+FILTERS = {"percent": percent, "count": show_count, "bytes": show_bytes}
