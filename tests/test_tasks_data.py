@@ -44,7 +44,7 @@ def test_glue(tokenizer, task, folder, train, evaluation, classes):
     assert (len(data.train), len(data.evaluation)) == (train, evaluation)
     rows = data.evaluation.rows()
     labels = [row.label for row in rows]
-    assert (min(labels) >= 0) and (max(labels) == 5 if classes == 1 else set(labels) == {0, 1})
+    assert (min(labels), max(labels)) == (0, 5 if classes == 1 else 1)
     assert max(row.length for row in rows) <= 512
     outputs = [{"logits": np.eye(2)[y] if classes == 2 else np.array([y])} for y in labels]
     assert all(v == pytest.approx(1) for v in data.evaluation.score(outputs).values())

@@ -160,10 +160,17 @@ def test_columns_are_found_by_name():
     assert text_columns(Table("t", {"x": ["a"], "y": ["b"]}), "y, x", pair=True) == ("y", "x")
 
 
+def test_half_of_a_pair_is_no_single_text():
+    table = Table("t", {"question": ["a"], "sentence": ["b"], "label": [0]})
+    with pytest.raises(DataError, match="text-pair"):
+        text_columns(table, None, pair=False)
+    assert text_columns(table, "sentence", pair=False) == ("sentence",)
+
+
 @pytest.mark.parametrize(
     ("override", "pair", "words"),
     [
-        (None, False, ("t: found no text column among: q, a", "--text-column")),
+        (None, False, ("t: found no single text column among: q, a", "--text-column")),
         ("z", False, ("no column 'z'", "q, a")),
         ("q,a", False, ("one column",)),
         ("q", True, ("two columns",)),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deploy_prune.errors import MissingExtraError
 from deploy_prune.tasks import metrics
 
 
@@ -17,6 +20,13 @@ def test_classification_metrics_by_hand():
     assert metrics.matthews(predictions, labels) == pytest.approx((2 * 2 - 1 * 1) / 9)
     assert metrics.macro_f1(predictions, labels) == pytest.approx(2 / 3)
     assert metrics.f1_of(2)(predictions, labels) == 0
+
+
+def test_a_missing_library_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    with pytest.raises(MissingExtraError, match="scikit-learn") as caught:
+        metrics.accuracy(np.zeros(1), np.zeros(1))
+    assert caught.value.exit_code == 3
 
 
 def test_correlations_by_hand():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from tasks_tiny import tiny_config, tiny_tokenizer
@@ -132,12 +133,10 @@ def test_a_clashing_third_party_task_is_refused(entry_points, spec):
     ],
 )
 def test_an_unreachable_hub_says_to_pass_data(monkeypatch, task, config):
-    import datasets
-
     def offline(*args, **kwargs):
         raise ConnectionError("Couldn't reach the Hub")
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=offline))
     with pytest.raises(SystemStateError, match="Couldn't reach") as caught:
         tasks.load_task(task, tokenizer=tiny_tokenizer(), config=config)
     assert "--data" in caught.value.hint
@@ -149,11 +148,11 @@ def test_a_generic_task_without_data_asks_for_it():
 
 
 def test_hub_splits_are_read_like_local_ones(monkeypatch):
-    from datasets import Dataset
-
     rows = {"premise": ["a", "b"], "hypothesis": ["c", "d"], "label": [0, 2], "idx": [0, 1]}
     names = ("train", "validation_matched", "validation_mismatched")
-    monkeypatch.setattr("deploy_prune.tasks.glue.fetch", lambda *a: {n: Dataset.from_dict(rows) for n in names})
+    splits = {name: SimpleNamespace(to_dict=lambda: rows) for name in names}
+    hub = SimpleNamespace(load_dataset=lambda *args, **kwargs: splits)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
     config = tiny_config(labels=["CONTRADICTION", "NEUTRAL", "ENTAILMENT"])
     data = tasks.load_task("mnli", tokenizer=tiny_tokenizer(), config=config)
     assert list(data.evals) == list(names[1:])

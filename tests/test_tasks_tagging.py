@@ -7,9 +7,13 @@ import json
 import numpy as np
 import pytest
 from tasks_tiny import tiny_config, tiny_tokenizer
+from tokenizers import Tokenizer, models
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 from deploy_prune import tasks
-from deploy_prune.errors import DataError
+from deploy_prune.errors import DataError, InputError
+from deploy_prune.tasks.encoding import require_words
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC"]
 CONFIG = tiny_config("TokenClassification", TAGS)
@@ -138,3 +142,15 @@ def test_malformed_lists_say_where(tmp_path, row, words):
 def test_a_column_name_means_nothing_in_conll(tmp_path):
     with pytest.raises(DataError, match="'ner' means nothing"):
         load(folder(tmp_path), label_column="ner")
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_tokenizer_that_reads_single_words_otherwise_is_refused(prefix):
+    backend = Tokenizer(models.BPE({"a": 0, "Ġ": 1, "Ġa": 2}, [("Ġ", "a")]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=prefix)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, add_prefix_space=prefix)
+    if prefix:
+        require_words(tokenizer)
+    else:
+        with pytest.raises(InputError, match="add_prefix_space"):
+            require_words(tokenizer)

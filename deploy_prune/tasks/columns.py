@@ -24,6 +24,7 @@ LABELS = ("label", "labels", "gold_label", "target", "class", "category", "score
 def text_columns(table: Table, override: str | None, *, pair: bool | None) -> tuple[str, ...]:
     """Return the one or two text columns; `override` is "a" or "a,b", `pair` None takes either.
 
+    One half of a pair is never taken for a single text unless `override` says so.
     Raises DataError naming the columns there are.
     """
     if override:
@@ -39,7 +40,7 @@ def text_columns(table: Table, override: str | None, *, pair: bool | None) -> tu
     found_single = next((s for s in SINGLES if s in table.columns), None)
     if found_pair and pair is not False:
         return found_pair
-    if found_single and not pair:
+    if found_single and not pair and found_single not in (found_pair or ()):
         return (found_single,)
     other = ""
     if found_pair:
@@ -47,7 +48,7 @@ def text_columns(table: Table, override: str | None, *, pair: bool | None) -> tu
     elif found_single:
         other = " For a single text, use --task text-classification."
     raise DataError(
-        f"{table.source}: found no {'pair of text columns' if pair else 'text column'} among: "
+        f"{table.source}: found no {'pair of text columns' if pair else 'single text column'} among: "
         f"{', '.join(table.columns)}.",
         hint=f"Name {'them with --text-column a,b' if pair else 'it with --text-column'}.{other}",
     )

@@ -46,6 +46,22 @@ def require_fast(tokenizer: Any, task: str) -> None:
         )
 
 
+def require_words(tokenizer: Any) -> None:
+    """Raise InputError for a tokenizer that reads words given one by one unlike the same words in a text.
+
+    Byte-level BPE does so without add_prefix_space: transformers 4 refuses it, transformers 5 does not.
+    """
+    try:
+        words = tokenizer(["a", "a"], is_split_into_words=True)["input_ids"]
+    except AssertionError:
+        words = None
+    if words != tokenizer("a a")["input_ids"] and words != tokenizer(" a a")["input_ids"]:
+        raise InputError(
+            "The tokenizer reads single words otherwise than words in a text (add_prefix_space is off).",
+            hint="Load it with add_prefix_space=True and save it with the model.",
+        )
+
+
 def input_names(encoding: Mapping[str, Any], config: Any) -> list[str]:
     """Return the tokenizer's outputs that the model takes (T,).
 

@@ -4,53 +4,53 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
 
 import numpy as np
+
+from ..errors import MissingExtraError
 
 Metric = Callable[[np.ndarray, np.ndarray], float]  # (predictions (N,), labels (N,)) -> value
 
 
-def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-    from sklearn.metrics import accuracy_score
+def _library(name: str) -> Any:
+    """Import a metrics library on first use. Raises MissingExtraError."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise MissingExtraError(name.split(".")[0].replace("sklearn", "scikit-learn"), "cpu") from error
 
-    return float(accuracy_score(labels, predictions))
+
+def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
+    return float(_library("sklearn.metrics").accuracy_score(labels, predictions))
 
 
 def f1_of(positive: int) -> Metric:
     """Return the F1 of one class; 0 when it is neither predicted nor there."""
 
     def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-        from sklearn.metrics import f1_score
-
         hit = {"pos_label": 1, "zero_division": 0}
-        return float(f1_score(labels == positive, predictions == positive, **hit))
+        return float(_library("sklearn.metrics").f1_score(labels == positive, predictions == positive, **hit))
 
     return f1
 
 
 def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Return the mean F1 over the classes that are predicted or there."""
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(labels, predictions, average="macro", zero_division=0))
+    return float(_library("sklearn.metrics").f1_score(labels, predictions, average="macro", zero_division=0))
 
 
 def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    return float(matthews_corrcoef(labels, predictions))
+    return float(_library("sklearn.metrics").matthews_corrcoef(labels, predictions))
 
 
 def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
-    from scipy.stats import spearmanr
-
-    return _correlation(spearmanr, predictions, labels)
+    return _correlation(_library("scipy.stats").spearmanr, predictions, labels)
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
-    from scipy.stats import pearsonr
-
-    return _correlation(pearsonr, predictions, labels)
+    return _correlation(_library("scipy.stats").pearsonr, predictions, labels)
 
 
 def _correlation(function: Callable, predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -63,7 +63,7 @@ def _correlation(function: Callable, predictions: np.ndarray, labels: np.ndarray
 def retrieval_recall(outputs: np.ndarray, dense: np.ndarray, k: int = 10) -> float:
     """Return the share of each row's k nearest other rows in `dense` (N, d) found again in `outputs`.
 
-    Nearness is the cosine. With fewer than k other rows, all but the farthest count as the nearest.
+    Nearness is the cosine. With k other rows or fewer, all but the farthest count as the nearest.
     """
     k = max(1, min(k, len(dense) - 2))
     found = [
@@ -87,12 +87,11 @@ def _neighbours(vectors: np.ndarray, k: int, chunk: int = 1024) -> np.ndarray:
 
 def tag_scores(predictions: Sequence[Sequence[str]], labels: Sequence[Sequence[str]]) -> dict[str, float]:
     """Return seqeval's entity F1 and the share of right tags."""
-    from seqeval.metrics import accuracy_score, f1_score
-
+    seqeval = _library("seqeval.metrics")
     with warnings.catch_warnings():  # seqeval warns of every tag without B- or I-, and of empty classes
         warnings.simplefilter("ignore")
-        f1 = float(f1_score([*labels], [*predictions], zero_division=0))
-    return {"f1": f1, "accuracy": float(accuracy_score([*labels], [*predictions]))}
+        f1 = float(seqeval.f1_score([*labels], [*predictions], zero_division=0))
+    return {"f1": f1, "accuracy": float(seqeval.accuracy_score([*labels], [*predictions]))}
 
 
 def squad_scores(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -101,12 +100,10 @@ def squad_scores(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -
     A question without answers is unanswerable (SQuAD 2.0): only an empty prediction is right, which is
     what comparing with the empty answer gives.
     """
-    from torchmetrics.functional.text import squad
-
     predicted = [{"id": str(i), "prediction_text": text} for i, text in enumerate(predictions)]
     target = [
         {"id": str(i), "answers": {"text": [*texts] or [""], "answer_start": [0] * max(1, len(texts))}}
         for i, texts in enumerate(answers)
     ]
-    value = squad(predicted, target)  # type: ignore[arg-type]
+    value = _library("torchmetrics.functional.text").squad(predicted, target)
     return {"f1": float(value["f1"]) / 100, "exact_match": float(value["exact_match"]) / 100}

@@ -28,9 +28,14 @@ def specs() -> dict[str, TaskSpec]:
 
     table = {s.name: s for s in (*glue.SPECS, *qa.SPECS, *tagging.SPECS, *generic.SPECS)}
     for entry in entry_points(group="deploy_prune.tasks"):
-        spec = entry.load()
-        if not isinstance(spec, TaskSpec) or spec.name in table:
-            fault = "repeats the name of another task" if isinstance(spec, TaskSpec) else "is not a TaskSpec"
+        try:
+            spec = entry.load()
+            fault = "" if isinstance(spec, TaskSpec) else "is not a TaskSpec"
+        except (ImportError, AttributeError) as error:
+            fault = f"cannot be loaded: {error}"
+        if not fault and spec.name in table:
+            fault = f"repeats the name of another task, '{spec.name}'"
+        if fault:
             raise InputError(
                 f"The entry point '{entry.name}' ({entry.value}) of the group deploy_prune.tasks {fault}.",
                 hint="Mend or uninstall the package that offers it.",

@@ -71,6 +71,8 @@ def read_table(path: Path, *, header: Sequence[str] = (), skip_malformed: bool =
             table = table_from_records(str(path), *_read_json(path))
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror or error}.", hint="Check the path.") from error
+    except csv.Error as error:
+        raise DataError(f"{path} is not well-formed: {error}.", hint="Mend the file.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: {error}.", hint="Convert the file to UTF-8.") from error
     if len(table) == 0:

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
 from .base import Row, RowOutput, Split, TaskData
 from .conll import CONLL_SUFFIXES, TABLE_SUFFIXES, Sentences, read_sentences, sentences_from_table
-from .encoding import features, input_names, require_fast, resolve_length
+from .encoding import features, input_names, require_fast, require_words, resolve_length
 from .labels import class_ids, is_generic, model_labels
 from .metrics import tag_scores
 from .source import fetch, require_path, split_files
@@ -47,18 +46,12 @@ class TagSplit(Split):
         rows: list[Row] = []
         for start in range(0, len(indices), _CHUNK):
             chunk = [int(i) for i in indices[start : start + _CHUNK]]
-            try:
-                encoding = self._tokenizer(
-                    [self._words[i] for i in chunk],
-                    is_split_into_words=True,
-                    truncation=True,
-                    max_length=self._max_length,
-                )
-            except AssertionError as error:  # how byte-level BPE tokenizers say it
-                raise InputError(
-                    f"The tokenizer cannot take words one by one: {error}",
-                    hint="Load it with add_prefix_space=True and save it with the model.",
-                ) from error
+            encoding = self._tokenizer(
+                [self._words[i] for i in chunk],
+                is_split_into_words=True,
+                truncation=True,
+                max_length=self._max_length,
+            )
             names = input_names(encoding, self._config)
             for row, i in enumerate(chunk):
                 rows.append(Row(features(encoding, names, row), self._label(encoding.word_ids(row), i)))
@@ -108,6 +101,7 @@ def load_tags(hub: str, canonical: tuple[str, ...], request: LoadRequest) -> Tas
     Raises DataError for missing files, malformed lines, or tags that the model does not have.
     """
     require_fast(request.tokenizer, request.task)
+    require_words(request.tokenizer)
     words, tags = request.text_column, request.label_column
     if request.data is None and hub:
         splits = fetch(hub, revision="refs/convert/parquet")

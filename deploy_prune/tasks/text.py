@@ -42,6 +42,7 @@ class TextSplit(Split):
         self._tokenizer = request.tokenizer
         self._config = request.config
         self._max_length = resolve_length(request.tokenizer, request.config, request.max_length)
+        self._rows: list[Row] | None = None
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -59,7 +60,9 @@ class TextSplit(Split):
         return rows
 
     def rows(self) -> list[Row]:
-        return self.encode(range(len(self)))
+        if self._rows is None:
+            self._rows = self.encode(range(len(self)))
+        return self._rows
 
     def score(self, outputs: Sequence[RowOutput], dense: Sequence[RowOutput] | None = None) -> dict[str, float]:
         if self._head == "embedding":
