@@ -1,0 +1,175 @@
+"""The report says what the bundle holds, in words that the numbers bear out."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bundles_tiny import exported_bundle
+from deploy_prune.runtime_bench.report import (
+    headline,
+    render_report,
+    show_bytes,
+    show_count,
+    summary_rows,
+    write_report,
+)
+
+from deploy_prune.bundle import Bundle, Stage
+
+
+def add_bench(bundle: Bundle, ratio: dict[str, float], *, created: str = "2026-01-01", seq: int = 12) -> None:
+    cell = {"runtime": "ort-cpu", "batch": 1, "seq": seq, "threads": 2, "provider": "CPUExecutionProvider"}
+    speeds = {"dense": (10.0, {"value": 1.0, "low": 1.0, "high": 1.0}), "sliced": (5.0, ratio)}
+    measurements = [
+        {
+            **cell,
+            "variant": variant,
+            "latency_ms": {"median": ms, "p95": 1.1 * ms},
+            "ratio_to_dense": r,
+            "peak_rss_bytes": 123_000_000,
+        }
+        for variant, (ms, r) in speeds.items()
+    ]
+    failure = {**cell, "variant": "virtual", "stage": "latency", "kind": "InputError", "reason": "<broken> file"}
+    machine = {"cpu": "A & B", "usable_cores": 2, "logical_cores": 4, "threads": 2, "load_1min": 0.5}
+    machine |= {"memory_bytes": 8e9, "os": "Linux", "python": "3.11", "versions": {"numpy": "2.0"}}
+    result = {"created": created, "machine": machine, "measurements": measurements, "failures": [failure]}
+    path = bundle.root / "result.json"
+    path.write_text(json.dumps(result))
+    bundle.add_file(path, "bench", f"ort-s{seq}")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    bundle = exported_bundle(tmp_path)
+    m = bundle.manifest
+    m.quality = {v: {"metric": "accuracy", "value": q, "n": 100} for v, q in (("dense", 0.9), ("sliced", 0.88))}
+    m.fidelity = {"kl": 0.01, "agreement": 0.97, "virtual": {"kl": 0.01, "agreement": 0.97}}
+    m.stages = [Stage(name="refit", seconds=3.25, declined=[{"group": "L01.heads", "reason": "no heads"}])]  # type: ignore[call-arg]
+    return bundle
+
+
+FASTER = {"value": 0.5, "low": 0.45, "high": 0.55}
+
+
+def test_rows_hold_what_the_manifest_and_the_bench_say(bundle: Bundle) -> None:
+    add_bench(bundle, FASTER)
+    add_bench(bundle, {"value": 0.9, "low": 0.8, "high": 1.0}, created="2025-01-01", seq=99)  # older, another length
+    dense, virtual, sliced = summary_rows(bundle)
+    counts = bundle.manifest.counts
+    assert sliced["keep_flops"] == counts["sliced"]["encoder_flops"] / counts["dense"]["encoder_flops"] < 1
+    assert (dense["keep_flops"], virtual["keep_flops"]) == (1.0, 1.0)
+    assert {k: sliced[k] for k in counts["sliced"]} == counts["sliced"]
+    (speed,) = sliced["runtimes"]
+    assert (speed["runtime"], speed["seq"], speed["median_ms"], speed["ratio"]) == ("ort-cpu", 12, 5.0, FASTER)
+    assert virtual["runtimes"] == []
+    assert (sliced["metric"], sliced["value"], sliced["agreement"], sliced["kl"]) == ("accuracy", 0.88, 0.97, 0.01)
+    assert (dense["value"], dense["kl"], virtual["value"], virtual["agreement"]) == (0.9, None, None, 0.97)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        (FASTER, "takes 0.50 times as long"),
+        ({"value": 0.97, "low": 0.9, "high": 1.05}, "no difference in speed"),
+        ({"value": 1.2, "low": 1.1, "high": 1.3}, "it is slower"),
+    ],
+)
+def test_headline_claims_no_more_than_the_interval(bundle: Bundle, ratio: dict[str, float], words: str) -> None:
+    add_bench(bundle, ratio)
+    said = headline(bundle, summary_rows(bundle))
+    assert words in said
+    assert f"95% interval {ratio['low']:.2f} to {ratio['high']:.2f}" in said
+    assert "accuracy is 0.8800; the dense model's is 0.9000" in said
+
+
+def test_headline_of_an_unmeasured_bundle(bundle: Bundle) -> None:
+    bundle.manifest.quality, bundle.manifest.fidelity, bundle.manifest.counts = {}, {}, {}
+    assert headline(bundle, summary_rows(bundle)) == "Nothing has been measured yet."
+
+
+class Page(html.parser.HTMLParser):
+    """Check that tags close in order and gather the text and the bars."""
+
+    VOID = ("meta", "rect", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+        self.bars: list[float] = []
+        self.links: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.links += [v for k, v in attrs if k in ("src", "href") and v]
+        if tag == "rect" and "--panel" not in str(values["fill"]):
+            self.bars.append(float(str(values["width"])))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        assert tag in self.VOID
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_page_is_whole_self_contained_and_escaped(bundle: Bundle) -> None:
+    add_bench(bundle, FASTER)
+    page = Page(render_report(bundle))
+    assert page.links == []  # nothing is loaded from elsewhere
+    for words in (
+        "0.50 (0.45 to 0.55)",
+        "5.00 (5.50)",
+        "<broken> file",
+        "A & B",
+        "L01.heads: no heads",
+        "3.2",
+        "123.0 MB",
+        bundle.manifest.plan["hash"],
+        "passed, largest difference",
+    ):
+        assert words in page.text
+    plan = bundle.plan()
+    expected = [480 * g.count / g.total for g in plan.groups]
+    assert page.bars == pytest.approx(expected, abs=0.1)
+
+
+def test_page_of_a_bare_bundle_has_no_empty_sections(bundle: Bundle) -> None:
+    m = bundle.manifest
+    m.stages, m.artifacts, m.quality, m.fidelity, m.counts = [], [], {}, {}, {}
+    del m.files["plan.json"]
+    page = Page(render_report(bundle))
+    for section in ("Stages", "Machine", "Files to deploy", "What stays", "Not measured"):
+        assert section not in page.text
+
+
+def test_report_is_named_in_the_manifest_and_a_kill_never_corrupts(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert write_report(bundle) == "report.html"
+    bundle.commit()
+    old = Bundle.open(bundle.root).path("report.html").read_text()
+    add_bench(bundle, FASTER)
+    write_report(bundle)
+    Bundle.open(bundle.root)  # killed here, before the commit: the bundle is still whole
+    bundle.commit()
+    again: Any = Bundle.open(bundle.root)
+    assert "report.html" in again.manifest.files
+    assert again.path("report.html").read_text() != old
+
+
+def test_units() -> None:
+    assert [show_count(v) for v in (7, 1_789_440, 558_601_728, 2.5e10)] == ["7", "1.79 M", "559 M", "25 G"]
+    assert [show_bytes(v) for v in (90_900_000, 1_340_000_000)] == ["90.9 MB", "1.34 GB"]
