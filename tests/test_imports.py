@@ -21,16 +21,16 @@ FOLDERS = {
 
 # A room may import rooms of its own line and of the lines above it, never of a line below.
 LAYERS = [
-    "errors units",
-    "archs costs heads tasks bundle config masking modeling_sliced batches fidelity archives snippets",
+    "errors units progress",
+    "archs costs heads tasks bundle config masking modeling_sliced batches fidelity given_masks archives snippets",
     "calibration",
     "criteria",
     "search rearrange compensate evaluate",
     "slicing checkpoint",
-    "runtimes finetune recover",
+    "stages runtimes finetune recover",
     "export runtime_bench demo",
     "pipeline",
-    "serve cli",
+    "api screen inspection doctor serve cli",
 ]
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer.split()}
 # export and runtime_bench never import each other; only the probe compiles what it measures.
