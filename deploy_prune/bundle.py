@@ -56,6 +56,7 @@ class Artifact(_Model):
     precision: str
     path: str
     sha256: str
+    data_path: str | None = None  # weights above 2 GB lie beside an ONNX file
     parity: Parity
 
 

@@ -80,24 +80,19 @@ def _add(bundle: Bundle, exporter: Exporter, artifact: Artifact, path: Path) -> 
     data = path.with_name(path.name + ".data")
     if data.exists():
         artifact.data_path = bundle.add_file(data, "artifacts", path.stem)
-        exporter.relocate_data(path, Path(_data_path(artifact)).name)
+        exporter.relocate_data(path, Path(artifact.data_path).name)
     artifact.path = bundle.add_file(path, "artifacts", path.stem)
     artifact.sha256 = manifest.files[artifact.path]
     old = [a for a in manifest.artifacts if _kind(a) == _kind(artifact)]
     manifest.artifacts = [a for a in manifest.artifacts if _kind(a) != _kind(artifact)] + [artifact]
-    kept = {p for a in manifest.artifacts for p in (a.path, _data_path(a))}
-    for relative in {p for a in old for p in (a.path, _data_path(a))} - kept:
-        manifest.files.pop(relative, None)
+    kept = {p for a in manifest.artifacts for p in (a.path, a.data_path)}
+    for relative in {p for a in old for p in (a.path, a.data_path)} - kept:
+        manifest.files.pop(relative or "", None)
     return artifact
 
 
 def _kind(artifact: Artifact) -> tuple[str | None, ...]:
     return (artifact.variant, artifact.format, artifact.dialect, artifact.scheme, artifact.precision)
-
-
-def _data_path(artifact: Artifact) -> str:
-    """Return the path of the weights stored beside an artifact, "" where they are inside it."""
-    return getattr(artifact, "data_path", "")
 
 
 def _metadata(bundle: Bundle) -> dict[str, str]:

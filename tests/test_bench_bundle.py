@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from bundles_tiny import exported_bundle
-from deploy_prune.runtime_bench.bench import bench_bundle, latest_bench
-from deploy_prune.runtime_bench.cells import make_feeds
 
 from deploy_prune.bundle import VARIANTS, Bundle
 from deploy_prune.errors import InputError
+from deploy_prune.runtime_bench.bench import bench_bundle, latest_bench
+from deploy_prune.runtime_bench.cells import make_feeds
 from deploy_prune.runtimes import open_runner
 
 QUICK = {"max_seconds_per_cell": 0.1, "min_rounds": 5, "threads": 1}

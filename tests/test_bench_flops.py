@@ -8,13 +8,13 @@ import onnx
 import pytest
 import torch
 from bundles_tiny import HIDDEN, LAYERS, NEURONS, exported_bundle, make_bundle, tiny_inputs
-from deploy_prune.runtime_bench.flops import count_onnx, count_torch
 from onnx import TensorProto, helper
 
 from deploy_prune.archs import check_config
 from deploy_prune.bundle import Bundle
 from deploy_prune.costs import encoder_flops
 from deploy_prune.errors import InputError
+from deploy_prune.runtime_bench.flops import count_onnx, count_torch
 
 D, F = HIDDEN, NEURONS
 SHAPES = [(1, 12), (1, 26), (3, 7), (2, 1)]

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from bundles_tiny import exported_bundle
+
+from deploy_prune.bundle import Bundle, Stage
 from deploy_prune.runtime_bench.report import (
     headline,
     render_report,
@@ -17,8 +19,6 @@ from deploy_prune.runtime_bench.report import (
     summary_rows,
     write_report,
 )
-
-from deploy_prune.bundle import Bundle, Stage
 
 
 def add_bench(bundle: Bundle, ratio: dict[str, float], *, created: str = "2026-01-01", seq: int = 12) -> None:

@@ -9,12 +9,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
+from deploy_prune.errors import InputError
 from deploy_prune.runtime_bench.isolate import WorkerError, run_isolated
 from deploy_prune.runtime_bench.memory import peak_rss_bytes, rss_bytes
 from deploy_prune.runtime_bench.stats import ratio_of_medians, summarise_ms
 from deploy_prune.runtime_bench.timing import interleaved, round_order
-
-from deploy_prune.errors import InputError
 
 
 def test_summary_is_in_milliseconds() -> None:

@@ -11,12 +11,12 @@ import numpy as np
 import onnx
 import pytest
 from bundles_tiny import exported_bundle, make_bundle
-from deploy_prune.export import check_parity, export_bundle
-from deploy_prune.export.onnx import OnnxExporter, onnx_from_torch
-from deploy_prune.export.registry import available_exporters
 
 from deploy_prune.bundle import VARIANTS, Bundle, GoldenCase
 from deploy_prune.errors import InputError, VerdictError
+from deploy_prune.export import check_parity, export_bundle
+from deploy_prune.export.onnx import OnnxExporter, onnx_from_torch
+from deploy_prune.export.registry import available_exporters
 from deploy_prune.runtimes import open_runner
 
 

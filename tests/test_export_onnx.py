@@ -10,11 +10,11 @@ import onnx
 import pytest
 import torch
 from bundles_tiny import SHAPES, input_names, run_torch, tiny_inputs, tiny_model, tiny_plan
-from deploy_prune.export.onnx import TRACED_SHAPE, OnnxExporter, onnx_from_torch
-from deploy_prune.export.registry import Exporter, available_exporters, find_exporter
 from torch import nn
 
 from deploy_prune.errors import InputError
+from deploy_prune.export.onnx import TRACED_SHAPE, OnnxExporter, onnx_from_torch
+from deploy_prune.export.registry import Exporter, available_exporters, find_exporter
 from deploy_prune.heads import Head
 from deploy_prune.slicing import slice_model
 
