@@ -57,7 +57,7 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def resize(model: nn.Module, spec: dict[str, Any]) -> None:
     """Give every sub-layer of a stock model the sizes that the spec names; the weights are left unset."""
     if spec.get("drop_pooler"):
-        model.pooler = None
+        model.register_module("pooler", None)
     for group in spec["groups"]:
         _resize_group(model, group, spec.get("select_heads", ""))
 

@@ -77,7 +77,8 @@ def _rank(groups: Sequence[UnitGroup], scores: Scores, least: int) -> tuple[list
     values = np.concatenate([np.asarray(scores[g.name], dtype=np.float64) for g in groups])
     order = np.argsort(-values, kind="stable")
     seen: dict[str, int] = {}
-    forced, free = [], []
+    forced: list[tuple[str, int]] = []
+    free: list[tuple[str, int]] = []
     for i in order:
         name, unit = units[i]
         seen[name] = seen.get(name, 0) + 1

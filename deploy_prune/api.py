@@ -1,0 +1,90 @@
+"""The Python API, for any loaded module with an adapter; the command line is a thin layer over the same parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import slicing
+from .archs import check_config
+from .bundle import Bundle, Variant
+from .calibration import sample_indices
+from .checkpoint import load_variant
+from .config import MIN_SAMPLES
+from .costs import Budget
+from .errors import InputError
+from .heads import Head
+from .progress import Reporter
+from .stages import Options, PrunedPlan, prune_rows
+from .tasks.base import HeadKind, Row, TaskData
+from .tasks.registry import model_head
+from .units import SlicePlan
+
+
+def prune(
+    model: nn.Module,
+    data: TaskData | Sequence[Row],
+    budget: Budget | float,
+    *,
+    samples: int = 2048,
+    pad_id: int = 0,
+    options: Options | None = None,
+    reporter: Reporter | None = None,
+) -> PrunedPlan:
+    """Decide which heads and neurons of a loaded model stay, and refit what is left; the model is not changed.
+
+    `data` is a loaded task (its training split is sampled) or tokenised rows. `budget` is the share of
+    the dense encoder's FLOPs to keep, in (0, 1], or a Budget with its sequence length in tokens. Runs on
+    the model's device. Raises InputError, UnsupportedModelError or InfeasibleBudgetError.
+    """
+    options = options or Options()
+    check_config(model.config)
+    keep, seq_len = (budget.keep, budget.seq_len) if isinstance(budget, Budget) else (budget, None)
+    if not isinstance(keep, int | float) or not 0 < keep <= 1:
+        raise InputError(f"The budget {keep!r} is not a share of FLOPs in (0, 1].")
+    if isinstance(data, TaskData):
+        head = Head(data.head)
+        rows: Sequence[Row] = data.train.encode(sample_indices(len(data.train), samples, options.seed))
+    else:
+        head = Head(model_head(model.config, type(model).__name__))
+        rows = data
+    if len(rows) < MIN_SAMPLES:
+        raise InputError(f"{len(rows)} rows are too few to calibrate on.", hint=f"Give at least {MIN_SAMPLES}.")
+    return prune_rows(
+        model.eval(), head, rows, float(keep), seq_len=seq_len, pad_id=pad_id, options=options, reporter=reporter
+    )
+
+
+def slice_model(model: nn.Module, plan: PrunedPlan | SlicePlan) -> Any:
+    """Return a smaller copy of the dense model, of the same class, equal to the masked one."""
+    groups = check_config(model.config).groups(model)
+    if isinstance(plan, PrunedPlan):
+        return slicing.slice_model(model, groups, plan.plan, plan.updates)
+    return slicing.slice_model(model, groups, plan)
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    input_names: Sequence[str] = ("input_ids", "attention_mask"),
+    head: HeadKind | None = None,
+) -> Path:
+    """Write a dense, masked or sliced model as ONNX (opset 23, dynamic batch and sequence) and return the path."""
+    from .export.onnx import onnx_from_torch
+
+    kind = head or model_head(model.config, type(model).__name__)
+    onnx_from_torch(model, Head(kind), Path(path), input_names=input_names)
+    return Path(path)
+
+
+def load(bundle: str | Path | Bundle, variant: Variant = "sliced") -> Any:
+    """Load a model from a bundle, bit for bit as it was saved.
+
+    Raises BundleError when the bundle is missing or corrupted.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    return load_variant(opened, variant)

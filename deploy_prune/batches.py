@@ -1,0 +1,58 @@
+"""Fixed chunks of rows: the same rows and the same padding, whatever the device or process count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .heads import Head
+from .tasks.base import Row
+
+CHUNK_ROWS = 32
+
+
+@dataclass
+class Batch:
+    """Hold one padded chunk: inputs (B, T), labels or None, and each row's index in the original order."""
+
+    inputs: dict[str, Tensor]
+    labels: Tensor | None
+    index: list[int]
+
+    def to(self, device: torch.device) -> Batch:
+        labels = None if self.labels is None else self.labels.to(device)
+        return Batch({k: v.to(device) for k, v in self.inputs.items()}, labels, self.index)
+
+
+class Batches:
+    """Iterate over rows in chunks of `CHUNK_ROWS`, longest first so that memory peaks at once."""
+
+    def __init__(self, rows: Sequence[Row], head: Head, pad_id: int, chunk_rows: int = CHUNK_ROWS) -> None:
+        self.rows, self.head, self.pad_id = rows, head, pad_id
+        order = np.argsort([-r.length for r in rows], kind="stable")
+        self.chunks = [order[i : i + chunk_rows].tolist() for i in range(0, len(order), chunk_rows)]
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for chunk in self.chunks:
+            yield self.collate(chunk)
+
+    def collate(self, chunk: list[int]) -> Batch:
+        rows = [self.rows[i] for i in chunk]
+        length = max(r.length for r in rows)
+        inputs = {}
+        for name in rows[0].features:
+            array = np.full((len(rows), length), self.pad_id if name == "input_ids" else 0, dtype=np.int64)
+            for i, r in enumerate(rows):
+                array[i, : r.length] = r.features[name]
+            inputs[name] = torch.from_numpy(array)
+        labels: list[Any] = [r.label for r in rows]
+        known = None if any(label is None for label in labels) else self.head.collate_labels(labels, length)
+        return Batch(inputs, known, chunk)

@@ -1,0 +1,140 @@
+"""One streaming pass over the calibration rows: the gradient of each sample's loss to every unit's mask."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .batches import Batches
+from .errors import InputError
+from .heads import Head
+from .progress import Progress
+from .tasks.base import Row
+from .units import UnitGroup
+
+
+@dataclass
+class CalibrationStats:
+    """Hold the mask gradients of each group (N, units) fp32, rows in the order they were given."""
+
+    gradients: dict[str, Tensor]
+    tokens: Tensor  # () unpadded tokens seen
+    mean_length: float
+    mean_loss: Tensor  # ()
+    sample_hash: str
+    label_free: bool
+
+    def batch_gradients(self, name: str, batch_rows: int) -> Tensor:
+        """Return the gradients of the mean loss of consecutive mini-batches (N / batch_rows, units)."""
+        g = self.gradients[name]
+        parts = [chunk.double().mean(0) for chunk in g.split(batch_rows)]
+        return torch.stack(parts).to(g.dtype)
+
+
+def calibrate(
+    model: nn.Module,
+    groups: Sequence[UnitGroup],
+    head: Head,
+    rows: Sequence[Row],
+    *,
+    pad_id: int = 0,
+    label_free: bool = False,
+    seed: int = 0,
+    forward_dtype: torch.dtype = torch.float32,
+    progress: Progress = lambda share: None,
+) -> CalibrationStats:
+    """Return d loss_n / d mask_u at mask = 1 for every sample n and unit u, in one pass.
+
+    The mask stands at the output projections' inputs, one row of it per sample, so a single backward
+    pass yields per-sample gradients. `label_free` draws the labels from the model's own predictions.
+    `forward_dtype` bf16/fp16 runs forward and backward under autocast; the statistics stay fp32.
+
+    Raises InputError for missing labels and for NaN or Inf in the gradients.
+    Source: Kwon et al. 2022, section 3.1 (the mask gradients behind its equation 6).
+    """
+    device = next(model.parameters()).device
+    batches = Batches(rows, head, pad_id)
+    gradients = {g.name: torch.zeros(len(rows), g.size, device=device) for g in groups}
+    tokens = torch.zeros((), dtype=torch.int64, device=device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for number, batch in enumerate(batches):
+        batch = batch.to(device)
+        size = len(batch.index)
+        with ExitStack() as stack:
+            masks = {g.name: torch.ones(size, g.size, device=device, requires_grad=True) for g in groups}
+            for g in groups:
+                hook = _mask_hook(masks[g.name], g.width)
+                stack.callback(model.get_submodule(g.consumer).register_forward_pre_hook(hook).remove)
+            stack.enter_context(torch.enable_grad())
+            autocast = forward_dtype != torch.float32
+            with torch.autocast(device.type, dtype=forward_dtype if autocast else None, enabled=autocast):
+                outputs = head.outputs(model, batch.inputs)
+            outputs = {k: v.float() for k, v in outputs.items()}
+            if label_free:
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+                detached = {k: v.detach() for k, v in outputs.items()}
+                labels = head.draw_labels(detached, batch.inputs["attention_mask"], generator)
+            elif batch.labels is None:
+                raise InputError("Some calibration rows have no label.", hint="Use label-free calibration.")
+            else:
+                labels = batch.labels
+            loss = head.loss(outputs, labels)  # (B,)
+            grads = torch.autograd.grad(loss.sum(), [masks[g.name] for g in groups])
+        index = torch.tensor(batch.index, device=device)
+        for g, grad in zip(groups, grads, strict=True):
+            gradients[g.name].index_copy_(0, index, grad.float())
+        loss_sum += loss.detach().double().sum()
+        tokens += batch.inputs["attention_mask"].sum()
+        progress((number + 1) / len(batches))
+    return CalibrationStats(
+        gradients=gradients,
+        tokens=tokens,
+        mean_length=float(np.mean([r.length for r in rows])),
+        mean_loss=loss_sum / len(rows),
+        sample_hash=hash_rows(rows),
+        label_free=label_free,
+    )
+
+
+def check_finite(stats: CalibrationStats) -> None:
+    """Raise InputError, naming the first group, when a mask gradient is NaN or Inf."""
+    for name, grad in stats.gradients.items():
+        if not bool(torch.isfinite(grad).all()):
+            raise InputError(
+                f"The mask gradients of {name} hold NaN or Inf.",
+                hint="Check the checkpoint and the labels, or calibrate in fp32.",
+            )
+
+
+def sample_indices(total: int, samples: int, seed: int) -> list[int]:
+    """Draw min(samples, total) distinct example indices, in random order."""
+    rng = np.random.default_rng(seed)
+    return [int(i) for i in rng.permutation(total)[:samples]]
+
+
+def hash_rows(rows: Sequence[Row]) -> str:
+    """Return the SHA-256 of the token ids of the rows, in order."""
+    digest = hashlib.sha256()
+    for r in rows:
+        digest.update(r.features["input_ids"].astype("<i8").tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
+def _mask_hook(mask: Tensor, width: int) -> Callable[..., tuple[Any, ...]]:
+    columns = mask if width == 1 else mask.repeat_interleave(width, dim=1)
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]  # (B, T, units * width)
+        return (x * columns.to(x.dtype)[:, None, :], *args[1:])
+
+    return hook

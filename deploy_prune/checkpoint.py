@@ -1,0 +1,239 @@
+"""Load dense checkpoints, save sliced ones, and load them again strictly."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from . import modeling_sliced
+from .archs import arch_of, check_config
+from .bundle import Bundle, Variant, disk_errors, sha256_file
+from .errors import BundleError, InputError, SystemStateError, UnsupportedModelError
+from .heads import Head
+from .masking import OutputWeights, mask_model
+from .tasks.base import HeadKind
+
+AUTO_CLASSES: dict[HeadKind, str] = {
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "token": "AutoModelForTokenClassification",
+    "qa": "AutoModelForQuestionAnswering",
+    "embedding": "AutoModel",
+}
+
+
+@dataclass
+class Dense:
+    """Hold a loaded dense model in fp32 evaluation mode, its tokenizer, and where its weights came from."""
+
+    model: Any
+    tokenizer: Any
+    source: str
+    sha256: str
+
+
+def load_config(source: str) -> Any:
+    """Read a model's config and refuse what cannot be pruned. Raises InputError or UnsupportedModelError."""
+    with _loading(source):
+        config = transformers.AutoConfig.from_pretrained(source)
+    check_config(config)
+    return config
+
+
+def load_dense(source: str, head: HeadKind) -> Dense:
+    """Load a fine-tuned checkpoint from a hub id or a local folder, with the head that the task needs.
+
+    Models compute in fp32 whatever the file holds. Raises InputError when it is not there, lacks
+    weights (a head that was never trained), or holds NaN or Inf.
+    """
+    load_config(source)
+    auto = getattr(transformers, AUTO_CLASSES[head])
+    with _loading(source), _quiet():
+        model, info = auto.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    missing = sorted(k for k in info["missing_keys"] if not (head == "embedding" and "pooler" in k))
+    if missing:
+        raise InputError(
+            f"{source} has no weights for {', '.join(missing[:4])}: {type(model).__name__} was not fine-tuned.",
+            hint="Fine-tune it for the task first, or name the task that the checkpoint was made for.",
+        )
+    if head == "embedding" and getattr(model, "pooler", None) is not None:
+        model.pooler = None  # embeddings are pooled from the hidden states
+    check_weights(model, source)
+    return Dense(model.eval(), tokenizer, source, _hash_source(source))
+
+
+def check_weights(model: nn.Module, source: str) -> None:
+    """Raise InputError, naming the first tensor, when a weight is NaN or Inf."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{source}: the weights of {name} hold NaN or Inf.", hint="Use an intact checkpoint.")
+
+
+def input_names(model: nn.Module, tokenizer: Any) -> list[str]:
+    """Return the model inputs that its tokenizer makes, in the tokenizer's order."""
+    return [n for n in ("input_ids", "attention_mask", "token_type_ids") if n in tokenizer.model_input_names]
+
+
+def save_sliced(model: nn.Module, tokenizer: Any, folder: Path) -> list[Path]:
+    """Write a sliced model as a transformers folder that also loads with trust_remote_code.
+
+    Returns the files: safetensors, config, tokenizer, and modeling_sliced.py.
+    """
+    config: Any = model.config
+    stock = type(model).__name__
+    auto = next(name for name in AUTO_CLASSES.values() if _is_mapped(name, stock))
+    config.auto_map = {auto: f"modeling_sliced.Sliced{stock}"}
+    config.architectures = [stock]
+    config.dtype = "float32"
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        code = Path(modeling_sliced.__file__).read_text("utf-8")
+        (folder / "modeling_sliced.py").write_text(code + _SLICED_CLASS.format(stock=stock), encoding="utf-8")
+    return sorted(p for p in folder.iterdir() if p.is_file())
+
+
+_SLICED_CLASS = '''
+
+import transformers  # noqa: E402
+
+
+class Sliced{stock}(transformers.{stock}):
+    """The stock class with the sizes that this folder's config.json names."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        resize(self, config.deploy_prune)
+'''
+
+
+def load_sliced(folder: Path) -> Any:
+    """Rebuild a sliced model from its folder, every tensor strictly as saved."""
+    with _loading(str(folder)):
+        config = transformers.AutoConfig.from_pretrained(folder)
+    spec = getattr(config, "deploy_prune", None)
+    if not spec:
+        raise BundleError(f"{folder}/config.json does not describe a sliced model.", hint="Make the bundle again.")
+    model = getattr(transformers, config.architectures[0])(config)
+    modeling_sliced.resize(model, spec)
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    except (RuntimeError, OSError) as error:
+        raise BundleError(f"{folder} does not hold the weights its config describes: {error}") from error
+    return model.eval()
+
+
+def head_of(bundle: Bundle) -> Head:
+    """Return the head that a bundle's models carry."""
+    task = bundle.manifest.task
+    return Head(task["head"], pooling=task.get("pooling") or "mean")
+
+
+def load_variant(bundle: Bundle, variant: Variant = "sliced") -> Any:
+    """Load one variant of a bundle as a torch model in evaluation mode.
+
+    dense and virtual need the original checkpoint. Raises BundleError when it has moved or changed.
+    """
+    sliced = load_sliced(bundle.path("sliced"))
+    if variant == "sliced":
+        return sliced
+    origin = bundle.manifest.model
+    try:
+        dense = load_dense(origin["source"], bundle.manifest.task["head"])
+    except InputError as error:
+        raise BundleError(
+            f"The dense model of this bundle cannot be loaded from {origin['source']}: {error.message}",
+            hint="Put the original checkpoint back, or work with the sliced variant alone.",
+        ) from error
+    if dense.sha256 != origin["sha256"]:
+        raise BundleError(
+            f"The checkpoint at {origin['source']} has changed since this bundle was made.",
+            hint="Restore it, or make the bundle again.",
+        )
+    if variant == "dense":
+        return dense.model
+    return virtual_of(dense.model, sliced, bundle)
+
+
+def virtual_of(dense: nn.Module, sliced: nn.Module, bundle: Bundle) -> nn.Module:
+    """Rebuild the virtual model from the dense one, the plan, and the sliced model's output projections."""
+    groups, plan = arch_of(dense).groups(dense), bundle.plan()
+    updates = {}
+    for g in groups:
+        if g.name in bundle.manifest.plan.get("refitted", []):
+            state = sliced.state_dict()
+            inside = g.core and g.consumer.startswith(g.core + ".")
+            empty = not plan[g.name].count
+            bias = state[f"{g.core if inside and empty else g.consumer}.bias"]
+            weight = bias.new_zeros(g.hidden, 0) if empty else state[f"{g.consumer}.weight"]
+            updates[g.name] = OutputWeights(weight, bias)
+    return mask_model(dense, groups, plan, updates)
+
+
+def _is_mapped(auto_name: str, class_name: str) -> bool:
+    mapping = getattr(transformers, auto_name)._model_mapping
+    return any(class_name in str(v) for v in mapping._model_mapping.values())
+
+
+def _hash_source(source: str) -> str:
+    folder = Path(source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(source, local_files_only=True, allow_patterns=["*.safetensors", "*.bin"]))
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    return "+".join(sha256_file(f) for f in files)
+
+
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    local = Path(source)
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or local.exists()
+    if looks_local and not local.is_dir():
+        raise InputError(
+            f"No model folder at {source}.", hint="Give a folder with config.json and weights, or a hub id."
+        )
+    try:
+        yield
+    except UnsupportedModelError:
+        raise
+    except OSError as error:
+        lines = str(error).strip().splitlines()
+        text = lines[0] if lines else type(error).__name__
+        if looks_local or shutil.disk_usage("/").free < 1 << 20:
+            raise InputError(f"Could not load {source}: {text}", hint="Is the folder complete?") from error
+        raise SystemStateError(
+            f"Could not get {source} from the hub: {text}",
+            hint="Check the name and the network, or download it and give its folder.",
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(f"Could not load {source}: {error}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' loading notes off the screen; warnings and errors stay."""
+    logging = transformers.utils.logging
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

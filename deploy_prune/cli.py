@@ -1,0 +1,350 @@
+"""The command line: a thin layer over the Python API. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from . import __version__, screen
+from .bundle import Bundle, locked
+from .config import Recipe, load_recipe
+from .errors import DeployPruneError, MissingExtraError, SystemStateError
+
+app = typer.Typer(
+    name="deploy-prune",
+    help="Make a fine-tuned transformer really smaller and faster on inference runtimes, without retraining.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+BundleArg = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.")]
+
+INTERRUPTED = 130
+EXTRA_OF = {"torch": "cpu", "transformers": "cpu", "onnx": "cpu", "onnxruntime": "cpu", "scipy": "cpu"}
+ALIASES = {"formats": ("--formats", "--format"), "precisions": ("--precision", "--precisions")}
+
+
+def recipe_command(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one flag per field of the recipe, so that file and flags cannot drift apart."""
+    parameters = [
+        inspect.Parameter(
+            "model",
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=None,
+            annotation=Annotated[str | None, typer.Argument(help=str(Recipe.model_fields["model"].description))],
+        ),
+        inspect.Parameter(
+            "recipe",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[Path | None, typer.Option("--config", "-c", help="Recipe (TOML); flags override it.")],
+        ),
+    ]
+    for name, field in Recipe.model_fields.items():
+        if name == "model":
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        flags = (f"{flag}/--no-{name.replace('_', '-')}",) if name == "label_free" else ALIASES.get(name, (flag,))
+        default = "" if field.default is None else f" [dim]\\[default: {_shown(field.default)}][/dim]"
+        option = typer.Option(*flags, help=f"{field.description}{default}", show_default=False)
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[_flag_type(field.annotation) | None, option],
+            )
+        )
+    parameters.append(inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json))
+
+    def command(**values: Any) -> None:
+        as_json, path = values.pop("as_json"), values.pop("recipe")
+        for name in ("formats", "precisions", "runtimes", "batches"):
+            if values[name] is not None:
+                values[name] = [part.strip() for part in values[name].split(",") if part.strip()]
+        function(load_recipe(path, **values), as_json)
+
+    command.__doc__ = function.__doc__
+    command.__name__ = function.__name__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _flag_type(annotation: Any) -> type:
+    """Return the type of a flag: lists and choices are given as text and checked by the recipe."""
+    options = [a for a in get_args(annotation) if a is not type(None)] if type(None) in get_args(annotation) else []
+    single = options[0] if options else annotation
+    return str if get_origin(single) in (tuple, Literal) else single
+
+
+def _shown(value: Any) -> str:
+    return ",".join(str(v) for v in value) if isinstance(value, tuple) else str(value)
+
+
+@app.command()
+@recipe_command
+def run(recipe: Recipe, as_json: bool) -> None:
+    """Prune, slice, export, measure and report: everything, into one bundle.
+
+    [bold]Examples[/bold]
+
+      deploy-prune run demo
+
+      deploy-prune run ./my-bert --task sst2 --data glue/SST-2 --keep-flops 0.5 --out bundles/sst2
+
+      deploy-prune run -c recipes/demo.toml --seed 1
+    """
+    _run(recipe, as_json, export=True, bench=True)
+
+
+@app.command()
+@recipe_command
+def prune(recipe: Recipe, as_json: bool) -> None:
+    """Prune and slice only; export and bench can follow on the bundle.
+
+    [bold]Example[/bold]
+
+      deploy-prune prune ./my-bert --task sst2 --data glue/SST-2 --out bundles/sst2
+    """
+    _run(recipe, as_json, export=False, bench=False)
+
+
+def _run(recipe: Recipe, as_json: bool, *, export: bool, bench: bool) -> None:
+    from . import pipeline
+
+    with screen.Bars() as bars:
+        bundle = pipeline.run(recipe, bars, export=export, bench=bench)
+    _finish(bundle, as_json)
+
+
+@app.command("slice")
+def slice_command(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of the dense checkpoint.")],
+    masks: Annotated[
+        list[Path],
+        typer.Option(help="safetensors, npz, or head_mask.pt and neuron_mask.pt (both, or their folder)."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the bundle.")],
+    task: Annotated[str | None, typer.Option(help="Task, to measure quality with --data.")] = None,
+    data: Annotated[str | None, typer.Option(help="File or folder with the task's data.")] = None,
+    seq_len: Annotated[int, typer.Option(help="Length at which FLOPs are counted, in tokens.")] = 128,
+    as_json: Json = False,
+) -> None:
+    """Cut a model by given masks; tuned values are folded into the output projections.
+
+    [bold]Example[/bold]
+
+      deploy-prune slice ./my-bert --masks masks.safetensors --out bundles/mine
+    """
+    from .pipeline import slice_given
+
+    with screen.Bars() as bars:
+        bundle = slice_given(model, masks, out, task=task, data=data, seq_len=seq_len, reporter=bars)
+    _finish(bundle, as_json)
+
+
+@app.command()
+def export(
+    bundle: BundleArg,
+    formats: Annotated[str, typer.Option("--format", "--formats", help="Formats, separated by commas.")] = "onnx",
+    precisions: Annotated[str, typer.Option("--precision", "--precisions", help="Precisions.")] = "fp32",
+    variants: Annotated[str, typer.Option(help="Variants to export.")] = "dense,virtual,sliced",
+    as_json: Json = False,
+) -> None:
+    """Export a bundle's models; every file is compared with its model before it is kept.
+
+    [bold]Example[/bold]
+
+      deploy-prune export bundles/demo --variants sliced
+    """
+    from .export import export_bundle
+
+    with locked(bundle):
+        opened = Bundle.open(bundle)
+        with screen.Bars() as bars, bars.stage("export"):
+            made = export_bundle(
+                opened,
+                formats=_words(formats),
+                precisions=_words(precisions),
+                variants=_words(variants),
+            )
+        _write_report(opened)
+    if as_json:
+        screen.print_json([a.model_dump() for a in made])
+        return
+    for artifact in made:
+        difference = "" if artifact.parity.max_abs is None else f", max abs {artifact.parity.max_abs:.1e}"
+        screen.out.print(f"{artifact.path}  parity {artifact.parity.status}{difference}", highlight=False)
+
+
+@app.command()
+def bench(
+    bundle: BundleArg,
+    runtimes: Annotated[str, typer.Option(help="Runtimes, separated by commas.")] = "ort-cpu,torch",
+    batches: Annotated[str, typer.Option("--batch", "--batches", help="Batch sizes.")] = "1",
+    seqs: Annotated[str, typer.Option("--seq", "--seqs", help="Sequence lengths (default: the budget's).")] = "",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: the physical cores).")] = None,
+    seconds: Annotated[float, typer.Option(help="Time limit of one latency measurement.")] = 4.0,
+    as_json: Json = False,
+) -> None:
+    """Measure latency and peak memory of dense, virtual and sliced, interleaved in one session.
+
+    [bold]Example[/bold]
+
+      deploy-prune bench bundles/demo --batch 1,8 --seq 32,128
+    """
+    from .runtime_bench.bench import bench_bundle
+
+    with locked(bundle):
+        opened = Bundle.open(bundle)
+        with screen.Bars() as bars, bars.stage("bench") as progress:
+            result = bench_bundle(
+                opened,
+                runtimes=_words(runtimes),
+                batches=_numbers("--batch", batches),
+                seqs=_numbers("--seq", seqs) or None,
+                threads=threads,
+                max_seconds_per_cell=seconds,
+                progress=lambda name: progress(0.5),
+            )
+        _write_report(opened)
+    if as_json:
+        screen.print_json(result)
+        return
+    _print_failures(result["failures"])
+    _summary(opened)
+
+
+@app.command()
+def inspect_(bundle: BundleArg, as_json: Json = False) -> None:
+    """Show a bundle: its plan per layer, costs, quality, artifacts and stages.
+
+    [bold]Example[/bold]
+
+      deploy-prune inspect bundles/demo
+    """
+    from .inspection import describe, print_bundle
+
+    opened = Bundle.open(bundle)
+    if as_json:
+        screen.print_json(describe(opened))
+    else:
+        print_bundle(opened)
+
+
+app.registered_commands[-1].name = "inspect"
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show runtimes, providers, versions, conflicts and GPUs of this machine.
+
+    [bold]Example[/bold]
+
+      deploy-prune doctor
+    """
+    from .doctor import examine, print_findings
+
+    findings = examine()
+    if as_json:
+        screen.print_json(findings)
+    else:
+        print_findings(findings)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def _finish(bundle: Bundle, as_json: bool) -> None:
+    if as_json:
+        screen.print_json({"bundle": str(bundle.root), "manifest": bundle.manifest.model_dump()})
+        return
+    _summary(bundle)
+    screen.out.print(f"Bundle: {bundle.root}", soft_wrap=True, highlight=False)
+
+
+def _summary(bundle: Bundle) -> None:
+    from .runtime_bench.report import summary_rows
+
+    budget, task = bundle.manifest.budget, bundle.manifest.task
+    title = f"{bundle.manifest.model.get('name')}, {task.get('name')}, {budget.get('seq_len')} tokens"
+    screen.print_summary(summary_rows(bundle), title)
+
+
+def _write_report(bundle: Bundle) -> None:
+    from .runtime_bench.report import write_report
+
+    bundle.commit()
+    write_report(bundle)
+    bundle.commit()
+
+
+def _print_failures(failures: list[dict[str, Any]]) -> None:
+    for f in failures:
+        screen.err.print(f"[yellow]not measured:[/] {f.get('runtime')} {f.get('variant') or ''} {f.get('reason')}")
+
+
+def _words(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    try:
+        return [int(word) for word in _words(text)]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a list of whole numbers", param_hint=flag) from error
+
+
+def main() -> None:
+    """Run the command line and exit with its code (see `errors` for the codes)."""
+    sys.exit(invoke(sys.argv[1:]))
+
+
+def invoke(arguments: list[str]) -> int:
+    """Run the command line on arguments and return the exit code."""
+    as_json = "--json" in arguments
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        typer.main.get_command(app)(args=arguments, prog_name="deploy-prune")
+    except SystemExit as finished:  # how typer ends: 0, 2 for wrong usage, 130 for Ctrl-C
+        if finished.code == INTERRUPTED:
+            screen.err.print("Interrupted: nothing was changed.")
+        return int(finished.code or 0)
+    except DeployPruneError as error:
+        return _report(error, as_json)
+    except ImportError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in EXTRA_OF:
+            screen.print_internal_error(error)
+            return 70
+        return _report(MissingExtraError(package, EXTRA_OF[package]), as_json)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _report(SystemStateError("The disk is full.", hint="Free some space, then run it again."), as_json)
+        screen.print_internal_error(error)
+        return 70
+    except Exception as error:
+        screen.print_internal_error(error)
+        return 70
+    return 0
+
+
+def _report(error: DeployPruneError, as_json: bool) -> int:
+    screen.print_error(error, as_json)
+    return error.exit_code

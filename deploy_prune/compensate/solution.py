@@ -1,0 +1,57 @@
+"""What a compensation solver returns, and when it is declined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..units import UnitGroup
+from .moments import Moments
+
+
+@dataclass
+class Solution:
+    """Hold a proposed projection: weight (d, n), bias (d,), and the squared error before and after.
+
+    `scales` (units,) is set by mask tuning, whose weight is the old one with scaled columns. `info` is
+    Cholesky's (0 = positive definite). All are tensors, so that solving never waits for the device.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    before: Tensor
+    after: Tensor
+    scales: Tensor | None = None
+    info: Tensor | None = None
+
+    def decline_reason(self, bound: float = 10.0) -> str | None:
+        """Say why the proposal must not be used, or None when it may."""
+        if self.info is not None and int(self.info) != 0:
+            return "the normal equations are not positive definite"
+        if not bool(torch.isfinite(self.weight).all() & torch.isfinite(self.bias).all()):
+            return "the solution is not finite"
+        if self.scales is not None and float(self.scales.abs().max()) > bound:
+            return f"a mask value left [-{bound:g}, {bound:g}]"
+        if float(self.after) > float(self.before) * (1 + 1e-9):
+            return "the error would grow"
+        return None
+
+
+class Solver(Protocol):
+    """Propose a better output projection for one group from its moments."""
+
+    @property
+    def cls_only_last(self) -> bool:
+        """Say whether a classifier's last FFN is fitted on its first token alone."""
+        ...
+
+    def teacher_keep(self, keep: float) -> float:
+        """Return the share of FLOPs that the teacher keeps, for a student that keeps `keep`."""
+        ...
+
+    def solve(self, group: UnitGroup, weight: Tensor, bias: Tensor, moments: Moments) -> Solution:
+        """Return the proposal for weight (d, n) and bias (d,)."""
+        ...

@@ -1,0 +1,121 @@
+"""The recipe of a run: a pydantic model, read from TOML, overridden by flags, stored in the bundle."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .errors import InputError
+
+MIN_SAMPLES = 64
+
+
+def _field(default: Any, description: str, **limits: Any) -> Any:
+    return Field(default=default, description=description, **limits)
+
+
+class Recipe(BaseModel):
+    """Describe a run completely; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str = Field(
+        default="demo", description="Hub id or folder of a fine-tuned checkpoint; 'demo' is the built-in one."
+    )
+    task: str | None = Field(
+        default=None, description="Task name; inferred from the model's head where that is possible."
+    )
+    data: str | None = _field(None, "File or folder with the task's data; by default from the hub.")
+    text_column: str | None = _field(None, "Text column, or two separated by a comma for a pair.")
+    label_column: str | None = _field(None, "Label column.")
+    max_length: int | None = _field(None, "Truncate rows to this many tokens.", ge=8)
+    pooling: Literal["mean", "cls"] = _field("mean", "Pooling of the embedding task.")
+    label_free: bool | None = Field(
+        default=None, description="Draw labels from the model (default: where data has none)."
+    )
+
+    keep_flops: float = Field(
+        default=0.5, gt=0, le=1, description="Share of the dense encoder's FLOPs to keep, in (0, 1]."
+    )
+    seq_len: int | None = Field(
+        default=None, ge=1, description="Budget's length in tokens (default: mean of the samples)."
+    )
+    min_heads: int = _field(1, "Heads that every layer keeps at least.", ge=0)
+    min_neurons: int = _field(1, "Neurons that every layer keeps at least.", ge=0)
+
+    samples: int = _field(2048, "Training rows to calibrate on, drawn without replacement.")
+    seed: int = _field(0, "Seed of the draw.", ge=0)
+    device: str = _field("auto", "auto, cpu, cuda or cuda:N.")
+    forward_dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="Precision of calibration's forward."
+    )
+    criterion: str = _field("fisher", "How units are scored.")
+    rearrange: Literal["sample", "batch", "none"] = Field(
+        default="sample", description="Rearrange by the Fisher of samples, of mini-batches (the paper's code), or not."
+    )
+    compensate: str = _field("refit", "refit, mask-tuning, mask-tuning-exact or none.")
+    min_agreement: float | None = Field(
+        default=None, ge=0, le=1, description="Fail below this agreement with dense, 0..1."
+    )
+    max_quality_loss: float | None = Field(
+        default=None, ge=0, description="Fail above this loss of quality, in points (0.01)."
+    )
+
+    formats: tuple[str, ...] = _field(("onnx",), "Formats to export.")
+    precisions: tuple[str, ...] = _field(("fp32",), "Precisions to export.")
+    runtimes: tuple[str, ...] = _field(("ort-cpu", "torch"), "Runtimes to measure in.")
+    batches: tuple[int, ...] = _field((1,), "Batch sizes to measure at.")
+    bench_seconds: float = _field(4.0, "Time limit of one latency measurement, in seconds.", gt=0)
+    out: str | None = _field(None, "Folder of the bundle.")
+
+    @field_validator("samples")
+    @classmethod
+    def _enough_samples(cls, value: int) -> int:
+        if value < MIN_SAMPLES:
+            raise ValueError(f"{value} samples are too few to calibrate on; give at least {MIN_SAMPLES}")
+        return value
+
+    def destination(self, task: str) -> Path:
+        """Return the bundle's folder: `out`, or bundles/<model>-<task>-<keep>."""
+        if self.out:
+            return Path(self.out)
+        if self.model == "demo":
+            return Path("bundles/demo")
+        name = Path(self.model).name or "model"
+        return Path("bundles") / f"{name}-{task}-{self.keep_flops:g}"
+
+
+def load_recipe(path: str | Path | None = None, **flags: Any) -> Recipe:
+    """Read a TOML recipe, let the given flags (those not None) override it, and validate.
+
+    Raises InputError naming the file, the key and what is allowed.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(Path(path).read_text("utf-8"))
+        except OSError as error:
+            raise InputError(f"Could not read the recipe {path}: {error.strerror}.") from error
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{path} is not valid TOML: {error}.") from error
+    values |= {k: v for k, v in flags.items() if v is not None}
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_explain(error, path), hint="See: deploy-prune run --help") from error
+
+
+def _explain(error: ValidationError, path: str | Path | None) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key '{key}'; known: {', '.join(sorted(Recipe.model_fields))}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{key} = {item['input']!r}: {message[0].lower()}{message[1:]}")
+    where = f"The recipe {path}" if path else "The settings"
+    return f"{where} cannot be used: " + "; ".join(lines) + "."

@@ -1,0 +1,58 @@
+"""What `inspect` shows of a bundle. No torch here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from .bundle import Bundle
+from .screen import out
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """Return the manifest as plain values, with the bundle's folder."""
+    return {"bundle": str(bundle.root), **bundle.manifest.model_dump()}
+
+
+def print_bundle(bundle: Bundle) -> None:
+    """Print the plan per layer, the costs, the artifacts and the stages."""
+    manifest = bundle.manifest
+    out.print(f"[bold]{bundle.root}[/]  schema {manifest.schema_version}", highlight=False)
+    model, task, budget = manifest.model, manifest.task, manifest.budget
+    out.print(f"{model.get('architecture')} from {model.get('source')}", highlight=False, soft_wrap=True)
+    out.print(
+        f"task {task.get('name')}, {budget.get('kind')} budget, keep {budget.get('keep'):.4g}"
+        f" at {budget.get('seq_len')} tokens, plan {manifest.plan.get('hash', '')[:12]}",
+        highlight=False,
+    )
+
+    plan = Table("layer", "heads", "neurons", title="Kept units", title_justify="left")
+    for number, (kept, total) in enumerate(zip(manifest.plan["layers"], manifest.plan["total"], strict=True)):
+        plan.add_row(str(number), *(f"{kept[k]} of {total[k]}" for k in ("heads", "neurons")))
+    out.print(plan)
+
+    costs = Table("", "FLOPs", "encoder FLOPs", "parameters", "weight bytes", "quality", title="Variants")
+    costs.title_justify = "left"
+    for name, counts in manifest.counts.items():
+        quality = manifest.quality.get(name, {})
+        value = quality.get("value")
+        shown = "-" if value is None else f"{quality['metric']} {value:.4f} (n={quality['n']})"
+        costs.add_row(name, *(f"{counts[k]:,}" for k in ("flops", "encoder_flops", "params", "weight_bytes")), shown)
+    out.print(costs)
+
+    artifacts = Table("artifact", "parity", "max abs", title="Artifacts", title_justify="left")
+    for a in manifest.artifacts:
+        difference = "-" if a.parity.max_abs is None else f"{a.parity.max_abs:.1e}"
+        artifacts.add_row(a.path, a.parity.status, difference)
+    if manifest.artifacts:
+        out.print(artifacts)
+
+    stages = Table("stage", "seconds", "notes", title="Stages", title_justify="left")
+    for stage in manifest.stages:
+        values = stage.model_dump()
+        declined = values.get("declined") or []
+        notes = [f"{k} {v}" for k, v in values.items() if k in ("samples", "method", "criterion", "fisher_granularity")]
+        notes += [f"declined {d['group']}: {d['reason']}" for d in declined]
+        stages.add_row(stage.name, f"{stage.seconds:.1f}", ", ".join(notes))
+    out.print(stages)

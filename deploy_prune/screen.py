@@ -1,0 +1,133 @@
+"""What a person sees: progress bars, the closing table, and errors on one screen."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .errors import DeployPruneError
+from .progress import Progress as ShareDone
+
+out = Console()
+err = Console(stderr=True)
+
+
+class Bars:
+    """Draw one bar per stage on standard error."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            console=err,
+        )
+
+    def __enter__(self) -> Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.progress.stop()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[ShareDone]:
+        task = self.progress.add_task(name, total=1.0)
+        yield lambda share: self.progress.update(task, completed=share)
+        self.progress.update(task, completed=1.0)
+        self.progress.stop_task(task)
+
+    def note(self, text: str) -> None:
+        self.progress.console.print(escape(text))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.progress.stop()
+        yield
+        self.progress.start()
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document to standard output."""
+    print(json.dumps(value, indent=2, default=str))
+
+
+def print_error(error: DeployPruneError, as_json: bool) -> None:
+    """Print what is wrong and how to mend it."""
+    if as_json:
+        print_json({"error": type(error).__name__, "message": error.message, "hint": error.hint})
+    err.print(f"[bold red]Error:[/] {escape(error.message)}", highlight=False)
+    if error.hint:
+        err.print(f"  {escape(error.hint)}", highlight=False)
+
+
+def print_internal_error(error: BaseException) -> None:
+    """Print one line and leave the traceback in a file."""
+    with tempfile.NamedTemporaryFile("w", prefix="deploy-prune-", suffix=".traceback", delete=False) as file:
+        file.write("".join(traceback.format_exception(error)))
+    err.print(
+        f"[bold red]Internal error:[/] {escape(f'{type(error).__name__}: {error}')[:300]}"
+        f" - please report it with {file.name}",
+        highlight=False,
+    )
+
+
+def print_summary(rows: Sequence[dict[str, Any]], where: str) -> None:
+    """Print the closing table: dense, virtual and sliced side by side, one measurement a line."""
+    table = Table(title=f"{where}", title_justify="left")
+    table.add_column("")
+    for row in rows:
+        table.add_column(row["variant"], justify="right")
+
+    def line(name: str, values: Sequence[str]) -> None:
+        if any(v != "-" for v in values):
+            table.add_row(name, *values)
+
+    line("FLOPs", [_giga(r["flops"]) for r in rows])
+    line("encoder FLOPs kept", ["-" if r["keep_flops"] is None else f"{100 * r['keep_flops']:.1f}%" for r in rows])
+    line("parameters", [_scaled(r["params"], 1e6, "M") for r in rows])
+    line("weights", [_scaled(r["weight_bytes"], 1e6, "MB") for r in rows])
+    names = list(dict.fromkeys((s["runtime"], s["batch"], s["seq"]) for r in rows for s in r["runtimes"]))
+    for runtime, batch, seq in names:
+        speeds = [next((s for s in r["runtimes"] if s["runtime"] == runtime), None) for r in rows]
+        where = f"{runtime} {batch}x{seq}"
+        line(f"{where} latency", [f"{s['median_ms']:.2f} ms" if s else "-" for s in speeds])
+        line("  ratio to dense", [_ratio(s["ratio"]) if s else "-" for s in speeds])
+        line("  peak memory", [_scaled(s["peak_rss_bytes"], 1e6, "MB") if s else "-" for s in speeds])
+    metric = next((r["metric"] for r in rows if r["metric"]), None)
+    line(f"{metric} (n={rows[0]['n']})", ["-" if r["value"] is None else f"{r['value']:.4f}" for r in rows])
+    for name, key, digits in (
+        ("agreement with dense", "agreement", 4),
+        ("KL to dense, nats", "kl", 5),
+        ("RMSE to dense", "rmse", 4),
+        ("cosine to dense", "cosine", 4),
+    ):
+        line(name, ["-" if r[key] is None else f"{r[key]:.{digits}f}" for r in rows])
+    out.print(table)
+
+
+def _ratio(ratio: dict[str, Any] | None) -> str:
+    if ratio is None:
+        return "-"
+    if ratio.get("low") is None:
+        return f"{ratio['value']:.2f}"
+    return f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
+def _scaled(value: float | None, unit: float, name: str) -> str:
+    return "-" if value is None else f"{value / unit:,.1f} {name}"
+
+
+def _giga(value: float | None) -> str:
+    return "-" if value is None else f"{value / 1e9:.3f} G"
