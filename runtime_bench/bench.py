@@ -102,12 +102,19 @@ def _check(runtimes: Sequence[str], variants: Sequence[str], sizes: Sequence[int
 def _latency(samples: dict[str, dict[str, Any]], variant: str) -> dict[str, Any]:
     """Return the summary of one variant's samples and its ratio to the dense ones of the same rounds."""
     own, dense = samples[variant], samples.get("dense")
+
+    def ratio(clock: str) -> dict[str, float] | None:
+        if dense is None or summarise_ms(dense[clock])["median"] == 0:  # a clock too coarse for this model
+            return None
+        return ratio_of_medians(own[clock], dense[clock]).to_dict()
+
     return {
         "provider": own["provider"],
         "samples": len(own["wall_ns"]),
         "latency_ms": summarise_ms(own["wall_ns"]),
         "cpu_ms": summarise_ms(own["cpu_ns"]),
-        "ratio_to_dense": ratio_of_medians(own["wall_ns"], dense["wall_ns"]).to_dict() if dense else None,
+        "ratio_to_dense": ratio("wall_ns"),
+        "cpu_ratio_to_dense": ratio("cpu_ns"),
     }
 
 

@@ -19,7 +19,8 @@ def summary_rows(bundle: Bundle) -> list[dict[str, Any]]:
 
     Keys: variant, flops, encoder_flops, params, weight_bytes, keep_flops (share of the dense encoder's),
     runtimes [{runtime, provider, batch, seq, threads, median_ms, p95_ms, ratio {value, low, high},
-    peak_rss_bytes}], metric, value, n, agreement, kl (nats), rmse, cosine. What was not measured is None.
+    cpu_ratio {...}, peak_rss_bytes}], metric, value, n, agreement, kl (nats), rmse, cosine. What was
+    not measured is None.
     """
     manifest = bundle.manifest
     measured = latest_bench(bundle)["measurements"]
@@ -57,6 +58,7 @@ def _speed(m: dict[str, Any]) -> dict[str, Any]:
         "median_ms": m["latency_ms"]["median"],
         "p95_ms": m["latency_ms"]["p95"],
         "ratio": m["ratio_to_dense"],
+        "cpu_ratio": m["cpu_ratio_to_dense"],
         "peak_rss_bytes": m["peak_rss_bytes"],
     }
 
@@ -154,6 +156,7 @@ def _lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         note = f"batch {example['batch']}, {example['seq']} tokens, {example['threads']} threads"
         add(f"Latency, {name}", f"median (p95) ms; {note}", speed, _show_ms)
         add("– against dense", "ratio, 95% interval", _inside(speed, "ratio"), show_ratio)
+        add("– CPU time against dense", "ratio, 95% interval", _inside(speed, "cpu_ratio"), show_ratio)
         add("– peak memory", "process, loading included", _inside(speed, "peak_rss_bytes"), show_bytes)
     add("Encoder FLOPs", "2 x MAC, batch 1, at the budget's length", lambda r: r["encoder_flops"], show_count)
     add("– share of dense", "", lambda r: r["keep_flops"], percent)
@@ -189,6 +192,8 @@ def percent(value: float) -> str:
 
 
 def show_ratio(ratio: dict[str, float]) -> str:
+    if ratio["low"] == ratio["value"] == ratio["high"]:  # dense against itself
+        return f"{ratio['value']:.2f}"
     return f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
