@@ -87,7 +87,7 @@ def calibrate(
                 raise InputError("Some calibration rows have no label.", hint="Use label-free calibration.")
             else:
                 labels = batch.labels
-            loss = head.loss(outputs, labels)  # (B,)
+            loss = head.loss(outputs, labels, batch.inputs["attention_mask"])  # (B,)
             grads = torch.autograd.grad(loss.sum(), [masks[g.name] for g in groups])
         index = torch.tensor(batch.index, device=device)
         for g, grad in zip(groups, grads, strict=True):

@@ -147,9 +147,8 @@ def load_variant(bundle: Bundle, variant: Variant = "sliced") -> Any:
 
     dense and virtual need the original checkpoint. Raises BundleError when it has moved or changed.
     """
-    sliced = load_sliced(bundle.path("sliced"))
     if variant == "sliced":
-        return sliced
+        return load_sliced(bundle.path("sliced"))
     origin = bundle.manifest.model
     try:
         dense = load_dense(origin["source"], bundle.manifest.task["head"])
@@ -165,7 +164,7 @@ def load_variant(bundle: Bundle, variant: Variant = "sliced") -> Any:
         )
     if variant == "dense":
         return dense.model
-    return virtual_of(dense.model, sliced, bundle)
+    return virtual_of(dense.model, load_sliced(bundle.path("sliced")), bundle)
 
 
 def virtual_of(dense: nn.Module, sliced: nn.Module, bundle: Bundle) -> nn.Module:

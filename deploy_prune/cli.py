@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from . import __version__, screen
-from .bundle import Bundle, locked
+from .bundle import VARIANTS, Bundle, Variant, locked
 from .config import Recipe, load_recipe
 from .errors import DeployPruneError, MissingExtraError, SystemStateError
 
@@ -176,7 +176,7 @@ def export(
                 opened,
                 formats=_words(formats),
                 precisions=_words(precisions),
-                variants=_words(variants),
+                variants=_variants(variants),
             )
         _write_report(opened)
     if as_json:
@@ -302,6 +302,13 @@ def _print_failures(failures: list[dict[str, Any]]) -> None:
 
 def _words(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _variants(text: str) -> list[Variant]:
+    unknown = [word for word in _words(text) if word not in VARIANTS]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(VARIANTS)}", param_hint="--variants")
+    return [v for v in VARIANTS if v in _words(text)]
 
 
 def _numbers(flag: str, text: str) -> list[int]:

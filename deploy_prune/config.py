@@ -44,7 +44,7 @@ class Recipe(BaseModel):
         default=None, ge=1, description="Budget's length in tokens (default: mean of the samples)."
     )
     min_heads: int = _field(1, "Heads that every layer keeps at least.", ge=0)
-    min_neurons: int = _field(1, "Neurons that every layer keeps at least.", ge=0)
+    min_neurons: int | None = _field(None, "Neurons that every layer keeps at least (default: a sixteenth).", ge=0)
 
     samples: int = _field(2048, "Training rows to calibrate on, drawn without replacement.")
     seed: int = _field(0, "Seed of the draw.", ge=0)

@@ -1,46 +1,99 @@
-"""Run a model over rows and hand back each row's outputs without padding."""
+"""Quality and fidelity of the three variants on the task's evaluation splits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from .batches import Batches
-from .errors import InputError
+from .archs import arch_of
+from .bundle import Bundle
+from .errors import VerdictError
+from .fidelity import fidelity
+from .golden import golden_cases, random_rows
 from .heads import Head
+from .predict import predict
 from .progress import Progress
-from .tasks.base import Row, RowOutput
+from .tasks.base import RowOutput, Split, TaskData
+from .variants import Variants
 
 
-@torch.inference_mode()
-def predict(
-    model: nn.Module,
+def evaluate(
+    bundle: Bundle,
+    variants: Variants,
+    data: TaskData | None,
     head: Head,
-    rows: Sequence[Row],
-    *,
-    pad_id: int = 0,
-    progress: Progress = lambda share: None,
-) -> list[RowOutput]:
-    """Return the outputs of every row, in the order of the rows.
+    device: torch.device,
+    progress: Progress,
+) -> int:
+    """Measure quality and fidelity, check that sliced equals virtual, store golden cases; return the rows.
 
-    Raises InputError when an output is NaN or Inf.
+    Without data the models are compared on random tokens and quality stays null. Raises VerdictError
+    when the sliced model differs from the masked one by more than rounding.
     """
-    device = next(model.parameters()).device
-    results: list[Any] = [None] * len(rows)
-    batches = Batches(rows, head, pad_id)
-    for number, batch in enumerate(batches):
-        batch = batch.to(device)
-        outputs = {k: v.float().cpu().numpy() for k, v in head.outputs(model, batch.inputs).items()}
-        for name, array in outputs.items():
-            if not np.isfinite(array).all():
-                raise InputError(f"The model's {name} hold NaN or Inf.", hint="Check the checkpoint's weights.")
-        per_token = head.kind in ("token", "qa")
-        for i, index in enumerate(batch.index):
-            stop = rows[index].length
-            results[index] = {k: a[i, :stop].copy() if per_token else a[i].copy() for k, a in outputs.items()}
-        progress((number + 1) / len(batches))
-    return results
+    manifest = bundle.manifest
+    pad_id = int(manifest.model["pad_id"])
+    splits: dict[str, Split | None] = dict(data.evals) if data else {"random tokens": None}
+    count = 0
+    for number, (split_name, split) in enumerate(splits.items()):
+        rows = split.rows() if split else random_rows(variants.dense, manifest.model["inputs"], pad_id)
+        outputs = {}
+        for position, (name, model) in enumerate(variants.items().items()):
+            share = Share(progress, number * 3 + position, 3 * len(splits))
+            outputs[name] = predict(model.to(device), head, rows, pad_id=pad_id, progress=share)
+            model.cpu()
+        _check_equal(outputs["virtual"], outputs["sliced"], arch_of(variants.dense).tolerance)
+        quality = {name: _quality(data, split, out, outputs["dense"]) for name, out in outputs.items()}
+        if number:
+            for name, entry in quality.items():
+                manifest.quality[name].setdefault("splits", {})[split_name] = entry
+            continue
+        manifest.quality = quality
+        manifest.fidelity = _fidelity(head, outputs) if split else {"kl": None, "agreement": None, "virtual": {}}
+        manifest.fidelity |= {"n": len(rows), "split": split_name}
+        for case in golden_cases(variants, head, rows, pad_id):
+            bundle.add_golden(case)
+        count = len(rows)
+    return count
+
+
+class Share:
+    """Map the progress 0..1 of one of several equal parts to the whole's."""
+
+    def __init__(self, progress: Progress, part: int, parts: int) -> None:
+        self.progress, self.part, self.parts = progress, part, parts
+
+    def __call__(self, share: float) -> None:
+        self.progress((self.part + share) / self.parts)
+
+
+def _fidelity(head: Head, outputs: Mapping[str, Sequence[RowOutput]]) -> dict[str, Any]:
+    return {
+        **fidelity(head.kind, outputs["dense"], outputs["sliced"]),
+        "virtual": fidelity(head.kind, outputs["dense"], outputs["virtual"]),
+        "sliced_to_virtual": fidelity(head.kind, outputs["virtual"], outputs["sliced"]),
+    }
+
+
+def _quality(
+    data: TaskData | None, split: Split | None, outputs: Sequence[RowOutput], dense: Sequence[RowOutput]
+) -> dict[str, Any]:
+    """Return one quality entry: the primary metric, and all of them under "all"."""
+    if data is None or split is None or not (split.labelled or data.head == "embedding"):
+        return {"metric": None, "value": None, "n": len(split) if split else 0}
+    scores = split.score(outputs, dense)
+    name = data.metric if data.metric in scores else next(iter(scores))
+    return {"metric": name, "value": scores[name], "n": len(split), "all": dict(scores)}
+
+
+def _check_equal(virtual: Sequence[RowOutput], sliced: Sequence[RowOutput], tolerance: float) -> None:
+    """Raise VerdictError unless the sliced model equals the masked one to rounding error."""
+    worst = max(float(np.abs(a[n] - b[n]).max()) for a, b in zip(virtual, sliced, strict=True) for n in a)
+    scale = max(1.0, max(float(np.abs(a[n]).max()) for a in virtual for n in a))
+    if worst > tolerance * scale:
+        raise VerdictError(
+            f"The sliced model differs from the masked one by {worst:.2e} (allowed: {tolerance * scale:.0e}).",
+            hint="This is a bug in the architecture's adapter: please report it with the model's config.json.",
+        )

@@ -43,8 +43,12 @@ class Head:
             return {"embedding": (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)}
         return {"logits": out.logits}
 
-    def loss(self, outputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-        """Return the loss of each sample (B,): negative log-likelihood up to a constant."""
+    def loss(self, outputs: Mapping[str, Tensor], labels: Tensor, mask: Tensor) -> Tensor:
+        """Return the loss of each sample (B,): negative log-likelihood up to a constant.
+
+        `mask` (B, T) is the attention mask: a span never starts or ends on padding, so that a row's loss
+        does not depend on the rows beside it.
+        """
         if self.kind == "classification":
             return F.cross_entropy(outputs["logits"], labels, reduction="none")
         if self.kind == "regression":
@@ -54,10 +58,15 @@ class Head:
             loss = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)  # (B, T)
             return loss.sum(1) / (labels != IGNORE).sum(1).clamp(min=1)
         if self.kind == "qa":
-            start = F.cross_entropy(outputs["start_logits"], labels[:, 0], reduction="none")
-            end = F.cross_entropy(outputs["end_logits"], labels[:, 1], reduction="none")
-            return 0.5 * (start + end)
+            start, end = self._spans(outputs, mask)
+            start_loss = F.cross_entropy(start, labels[:, 0], reduction="none")
+            end_loss = F.cross_entropy(end, labels[:, 1], reduction="none")
+            return 0.5 * (start_loss + end_loss)
         return 0.5 * ((outputs["embedding"] - labels) ** 2).sum(-1)
+
+    def _spans(self, outputs: Mapping[str, Tensor], mask: Tensor) -> list[Tensor]:
+        low = torch.finfo(torch.float32).min
+        return [outputs[name].float().masked_fill(~mask.bool(), low) for name in self.output_names]
 
     def draw_labels(self, outputs: Mapping[str, Tensor], mask: Tensor, generator: torch.Generator) -> Tensor:
         """Draw labels from the model's own predictive distribution (label-free Fisher).
@@ -72,10 +81,7 @@ class Head:
             return (cdf < u.unsqueeze(-1) * cdf[..., -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
 
         if self.kind == "qa":
-            valid = mask.bool()
-            low = torch.finfo(outputs["start_logits"].dtype).min
-            pair = [outputs[n].masked_fill(~valid, low) for n in self.output_names]
-            return torch.stack([categorical(p) for p in pair], dim=1)
+            return torch.stack([categorical(logits) for logits in self._spans(outputs, mask)], dim=1)
         if self.kind == "classification":
             return categorical(outputs["logits"])
         if self.kind == "token":

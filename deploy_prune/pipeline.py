@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +16,23 @@ from torch import nn
 
 from . import __version__
 from .archs import arch_of
-from .bundle import VARIANTS, Bundle, GoldenCase, Stage, disk_errors, publish, staging, write_atomically
+from .bundle import VARIANTS, Bundle, Stage, disk_errors, publish, staging, write_atomically
 from .calibration import sample_indices
 from .checkpoint import Dense, input_names, load_config, load_dense, save_sliced
 from .config import MIN_SAMPLES, Recipe
-from .costs import encoder_flops, removed_params
+from .costs import encoder_flops
 from .errors import InputError, VerdictError
-from .evaluate import predict
-from .fidelity import fidelity
+from .evaluate import evaluate
 from .heads import Head
-from .masking import OutputWeights, mask_model
-from .progress import Progress, Reporter, Silent
-from .slicing import slice_model
+from .progress import Reporter, Silent
 from .stages import Options, Recorder, prune_rows, resolve_device
 from .tasks import check_task, data_has_pair, infer_task, load_task, task_head
-from .tasks.base import Row, RowOutput, Split, TaskData
+from .tasks.base import Row, TaskData
 from .tasks.registry import model_head
-from .units import SlicePlan, UnitGroup
+from .units import SlicePlan
+from .variants import Variants, count_variants, make_variants
 
 VERSIONED = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "scipy", "tokenizers")
-
-
-@dataclass
-class Variants:
-    """Hold the three models on the CPU, and what they were made by."""
-
-    dense: nn.Module
-    virtual: nn.Module
-    sliced: nn.Module
-    groups: tuple[UnitGroup, ...]
-    plan: SlicePlan
-    refitted: list[str]
-
-    def items(self) -> dict[str, nn.Module]:
-        return {"dense": self.dense, "virtual": self.virtual, "sliced": self.sliced}
 
 
 def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True, bench: bool = True) -> Bundle:
@@ -100,12 +82,14 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
         )
         recorder = Recorder(device)
         recorder.records = pruned.stages
-        variants = _variants(dense.model, pruned.groups, pruned.plan, pruned.updates, recorder)
+        with recorder.stage("slice"):
+            variants = make_variants(dense.model, pruned.groups, pruned.plan, pruned.updates)
         bundle.manifest.budget = {"kind": "flops", "keep": recipe.keep_flops, "seq_len": pruned.budget.seq_len}
         bundle.manifest.recipe = recipe.model_dump(mode="json")
         bundle.manifest.task = _task_entry(task_name, head, data)
         _fill(bundle, variants, dense, head, recipe.model)
-        _evaluate(bundle, variants, data, head, device, recorder, reporter)
+        with recorder.stage("evaluate") as record, reporter.stage("evaluate") as progress:
+            record["rows"] = evaluate(bundle, variants, data, head, device, progress)
         _store(bundle, variants, dense, recorder)
         _guard(bundle, recipe)
         _finish(bundle, variants.items(), recipe, recorder, reporter, export=export, bench=bench)
@@ -143,12 +127,14 @@ def slice_given(
         recorder = Recorder(torch.device("cpu"))
         groups = arch_of(dense.model).groups(dense.model)
         plan = SlicePlan.from_masks(groups, read_masks(masks, groups))
-        variants = _variants(dense.model, groups, plan, {}, recorder)
+        with recorder.stage("slice"):
+            variants = make_variants(dense.model, groups, plan, {})
         share = encoder_flops(groups, seq_len, plan) / encoder_flops(groups, seq_len)
         bundle.manifest.budget = {"kind": "masks", "keep": share, "seq_len": seq_len}
         bundle.manifest.task = _task_entry(task, head, task_data)
         _fill(bundle, variants, dense, head, model)
-        _evaluate(bundle, variants, task_data, head, torch.device("cpu"), recorder, reporter)
+        with recorder.stage("evaluate") as record, reporter.stage("evaluate") as progress:
+            record["rows"] = evaluate(bundle, variants, task_data, head, torch.device("cpu"), progress)
         _store(bundle, variants, dense, recorder)
         recipe = Recipe(model=model, task=task, data=data, out=str(out))
         _finish(bundle, variants.items(), recipe, recorder, reporter, export=False, bench=False)
@@ -250,21 +236,6 @@ def _calibration_rows(recipe: Recipe, data: TaskData, reporter: Reporter) -> lis
     return rows
 
 
-def _variants(
-    model: nn.Module,
-    groups: tuple[UnitGroup, ...],
-    plan: SlicePlan,
-    updates: Mapping[str, OutputWeights],
-    recorder: Recorder,
-) -> Variants:
-    with recorder.stage("slice"):
-        model = model.cpu()
-        on_cpu = {name: OutputWeights(u.weight.cpu(), u.bias.cpu()) for name, u in updates.items()}
-        virtual = mask_model(model, groups, plan, on_cpu)
-        sliced = slice_model(model, groups, plan, on_cpu)
-    return Variants(model, virtual, sliced, groups, plan, sorted(on_cpu))
-
-
 def _task_entry(name: str | None, head: Head, data: TaskData | None) -> dict[str, Any]:
     return {
         "name": name,
@@ -284,7 +255,7 @@ def _fill(bundle: Bundle, variants: Variants, dense: Dense, head: Head, name: st
         "name": name,
         "source": dense.source,
         "sha256": dense.sha256,
-        "model_type": variants.dense.config.model_type,  # type: ignore[union-attr]
+        "model_type": arch_of(variants.dense).name,
         "architecture": type(variants.dense).__name__,
         "inputs": input_names(variants.dense, dense.tokenizer),
         "pad_id": _pad_id(dense),
@@ -297,168 +268,11 @@ def _fill(bundle: Bundle, variants: Variants, dense: Dense, head: Head, name: st
         ).layer_counts(),
         "refitted": variants.refitted,
     }
-    manifest.counts = _counts(variants, head, seq_len, manifest.model["inputs"])
-
-
-def _counts(variants: Variants, head: Head, seq_len: int, inputs: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Count FLOPs by the formula and check them against the models that run."""
-    from .runtime_bench.flops import count_torch
-
-    feeds = {name: torch.ones(1, seq_len, dtype=torch.long) for name in inputs}
-    plans: dict[str, SlicePlan | None] = {"dense": None, "virtual": None, "sliced": variants.plan}
-    params = {name: sum(p.numel() for p in model.parameters()) for name, model in variants.items().items()}
-    expected = params["dense"] - removed_params(variants.groups, variants.plan)
-    if params["sliced"] != expected:
-        raise RuntimeError(f"The sliced model has {params['sliced']} parameters, the plan says {expected}")
-    counts: dict[str, dict[str, int]] = {}
-    for name, model in variants.items().items():
-        counted = count_torch(_WithHead(model, head), feeds)
-        encoder = encoder_flops(variants.groups, seq_len, plans[name])
-        counts[name] = {
-            "flops": counted,
-            "encoder_flops": encoder,
-            "params": params[name],
-            "weight_bytes": 4 * params[name],
-        }
-        if counted - encoder != counts["dense"]["flops"] - counts["dense"]["encoder_flops"]:
-            raise RuntimeError(f"{name}: {counted} FLOPs counted, the formula's encoder has {encoder}")
-    return counts
-
-
-class _WithHead(nn.Module):
-    def __init__(self, model: nn.Module, head: Head) -> None:
-        super().__init__()
-        self.model, self.head = model, head
-
-    def forward(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(self.head.outputs(self.model, inputs).values())
-
-
-def _evaluate(
-    bundle: Bundle,
-    variants: Variants,
-    data: TaskData | None,
-    head: Head,
-    device: torch.device,
-    recorder: Recorder,
-    reporter: Reporter,
-) -> None:
-    """Measure quality and fidelity on the evaluation splits, and check that sliced equals virtual."""
-    manifest = bundle.manifest
-    pad_id = int(manifest.model["pad_id"])
-    splits: dict[str, Split | None] = dict(data.evals) if data else {"random tokens": None}
-    with recorder.stage("evaluate") as record, reporter.stage("evaluate") as progress:
-        for number, (split_name, split) in enumerate(splits.items()):
-            rows = split.rows() if split else _random_rows(variants.dense, manifest.model["inputs"], pad_id)
-            outputs = {}
-            for position, (name, model) in enumerate(variants.items().items()):
-                share = Share(progress, number * 3 + position, 3 * len(splits))
-                outputs[name] = predict(model.to(device), head, rows, pad_id=pad_id, progress=share)
-                model.cpu()
-            _check_equal(outputs["virtual"], outputs["sliced"], arch_of(variants.dense).tolerance)
-            quality = {name: _quality(data, split, out, outputs["dense"]) for name, out in outputs.items()}
-            if number:
-                for name, entry in quality.items():
-                    manifest.quality[name].setdefault("splits", {})[split_name] = entry
-                continue
-            manifest.quality = quality
-            manifest.fidelity = _fidelity(head, outputs) if split else {"kl": None, "agreement": None, "virtual": {}}
-            manifest.fidelity |= {"n": len(rows), "split": split_name}
-            for case in _golden(variants, head, rows, pad_id):
-                bundle.add_golden(case)
-            record["rows"] = len(rows)
-
-
-class Share:
-    """Map the progress 0..1 of one of several equal parts to the whole's."""
-
-    def __init__(self, progress: Progress, part: int, parts: int) -> None:
-        self.progress, self.part, self.parts = progress, part, parts
-
-    def __call__(self, share: float) -> None:
-        self.progress((self.part + share) / self.parts)
-
-
-def _fidelity(head: Head, outputs: Mapping[str, Sequence[RowOutput]]) -> dict[str, Any]:
-    return {
-        **fidelity(head.kind, outputs["dense"], outputs["sliced"]),
-        "virtual": fidelity(head.kind, outputs["dense"], outputs["virtual"]),
-        "sliced_to_virtual": fidelity(head.kind, outputs["virtual"], outputs["sliced"]),
-    }
-
-
-def _quality(
-    data: TaskData | None, split: Split | None, outputs: Sequence[RowOutput], dense: Sequence[RowOutput]
-) -> dict[str, Any]:
-    """Return one quality entry: the primary metric, and all of them under "all"."""
-    if data is None or split is None or not (split.labelled or data.head == "embedding"):
-        return {"metric": None, "value": None, "n": len(split) if split else 0}
-    scores = split.score(outputs, dense)
-    name = data.metric if data.metric in scores else next(iter(scores))
-    return {"metric": name, "value": scores[name], "n": len(split), "all": dict(scores)}
-
-
-def _random_rows(model: nn.Module, inputs: Sequence[str], pad_id: int) -> list[Row]:
-    """Return rows of random tokens of several lengths, where there are no data to compare models on."""
-    rng = np.random.default_rng(0)
-    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    rows = []
-    for length in (9, 17, 6, 12, 5, 8, 11, 16):
-        ids = rng.integers(1, vocabulary, length)
-        ids[ids == pad_id] = (pad_id + 1) % vocabulary
-        ones = {
-            "input_ids": ids,
-            "attention_mask": np.ones(length, np.int64),
-            "token_type_ids": np.zeros(length, np.int64),
-        }
-        rows.append(Row({name: ones[name].astype(np.int64) for name in inputs}))
-    return rows
+    manifest.counts = count_variants(variants, head, seq_len, manifest.model["inputs"])
 
 
 def _pad_id(dense: Dense) -> int:
     return int(dense.tokenizer.pad_token_id or 0)
-
-
-def _check_equal(virtual: Sequence[RowOutput], sliced: Sequence[RowOutput], tolerance: float) -> None:
-    """Raise VerdictError unless the sliced model equals the masked one to rounding error."""
-    worst = max(float(np.abs(a[n] - b[n]).max()) for a, b in zip(virtual, sliced, strict=True) for n in a)
-    scale = max(1.0, max(float(np.abs(a[n]).max()) for a in virtual for n in a))
-    if worst > tolerance * scale:
-        raise VerdictError(
-            f"The sliced model differs from the masked one by {worst:.2e} (allowed: {tolerance * scale:.0e}).",
-            hint="This is a bug in the architecture's adapter: please report it with the model's config.json.",
-        )
-
-
-def _golden(variants: Variants, head: Head, rows: Sequence[Row], pad_id: int) -> list[GoldenCase]:
-    """Make golden cases from evaluation rows: one row, a padded batch, and a batch padded beyond its rows."""
-    from .batches import Batches
-
-    cases = []
-    shapes = ((rows[:1], 0), (rows[1:5] or rows[:1], 0), (rows[5:7] or rows[:1], 7))
-    limit = _max_positions(variants.dense)
-    for chosen, extra in shapes:
-        batch = Batches([Row(r.features) for r in chosen], head, pad_id).collate(list(range(len(chosen))))
-        length = batch.inputs["input_ids"].shape[1]
-        extra = max(0, min(extra, limit - length))
-        inputs = {
-            name: torch.nn.functional.pad(t, (0, extra), value=pad_id if name == "input_ids" else 0)
-            for name, t in batch.inputs.items()
-        }
-        case = GoldenCase({name: t.numpy() for name, t in inputs.items()}, {})
-        with torch.inference_mode():
-            for name, model in variants.items().items():
-                outputs = head.outputs(model, inputs)
-                case.outputs[name] = {k: v.float().numpy().copy() for k, v in outputs.items()}
-        cases.append(case)
-    return cases
-
-
-def _max_positions(model: Any) -> int:
-    """Return how many tokens the position embeddings allow."""
-    config = model.config
-    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "mpnet") else 0
-    return int(config.max_position_embeddings) - offset
 
 
 def _store(bundle: Bundle, variants: Variants, dense: Dense, recorder: Recorder) -> None:

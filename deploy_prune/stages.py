@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -40,7 +40,7 @@ class Options:
     compensate: str = "refit"
     label_free: bool = False
     min_heads: int = 1
-    min_neurons: int = 1
+    min_neurons: int | None = None  # a sixteenth
     seed: int = 0
     forward_dtype: str = "fp32"
 
@@ -136,7 +136,7 @@ def prune_rows(
             batches = Batches(rows, head, pad_id)
             swept = sweep(student, teacher, groups, plan, head, batches, solver, progress)
             result.updates = swept.updates
-            result.plan = _with_scales(plan, swept.scales)
+            result.plan = with_scales(plan, swept.scales)
             result.sliced = student
             record |= {
                 "method": options.compensate,
@@ -179,8 +179,10 @@ def _teacher(
     return slice_model(model, groups, SlicePlan.from_masks(groups, masks))
 
 
-def _with_scales(plan: SlicePlan, scales: dict[str, list[float]]) -> SlicePlan:
-    return SlicePlan(tuple(replace(g, scales=tuple(scales[g.name])) if g.name in scales else g for g in plan.groups))
+def with_scales(plan: SlicePlan, scales: Mapping[str, torch.Tensor]) -> SlicePlan:
+    return SlicePlan(
+        tuple(replace(g, scales=tuple(scales[g.name].tolist())) if g.name in scales else g for g in plan.groups)
+    )
 
 
 class Recorder:

@@ -7,10 +7,10 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from ..errors import InputError
+from .layers import GroupLog, SweepResult, sweep
 from .mask_tuning import MaskTuning
 from .refit import Refit
 from .solution import Solver
-from .sweep import GroupLog, SweepResult, sweep
 
 __all__ = ["GroupLog", "MaskTuning", "Refit", "Solver", "SweepResult", "get_solver", "solvers", "sweep"]
 

@@ -25,8 +25,8 @@ class Moments:
         The products run in fp32; padded tokens are zeroed, so no shape depends on the data.
         """
         w = weight.reshape(-1, 1).to(h.dtype)
-        h = h.reshape(-1, h.shape[-1]) * w
-        y = y.reshape(-1, y.shape[-1]) * w
+        h = h.flatten(0, -2) * w
+        y = y.flatten(0, -2) * w
         self.hh += (h.T @ h).double()
         self.yh += (y.T @ h).double()
         self.h += h.double().sum(0)

@@ -16,7 +16,7 @@ from ..masking import OutputWeights
 from ..progress import Progress
 from ..units import SlicePlan, UnitGroup
 from .moments import Moments
-from .solution import Solver
+from .solution import Solution, Solver
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class SweepResult:
     """Hold the new projections, the mask tuning's scales, and the log of every group."""
 
     updates: dict[str, OutputWeights]
-    scales: dict[str, list[float]]
+    scales: dict[str, Tensor]
     log: list[GroupLog]
 
 
@@ -166,19 +166,25 @@ def _solve(
     bias = module.bias
     weight = module.weight if plan[group.name].count else bias.new_zeros(group.hidden, 0)
     solution = solver.solve(group, weight, bias, moments)
-    reason = solution.decline_reason()
-    tokens = max(float(moments.count), 1.0)
-    before, after = float(solution.before) / tokens, float(solution.after) / tokens
-    result.log.append(GroupLog(group.name, reason is None, before, after if reason is None else before, reason))
-    if reason is not None:
+    entry = _judge(group, solution, moments)
+    result.log.append(entry)
+    if not entry.accepted:
         return
     if plan[group.name].count:
         module.weight.copy_(solution.weight)
     module.bias.copy_(solution.bias)
     if solution.scales is not None:
-        result.scales[group.name] = solution.scales.cpu().tolist()
+        result.scales[group.name] = solution.scales
     else:
         result.updates[group.name] = OutputWeights(solution.weight.clone(), solution.bias.clone())
+
+
+def _judge(group: UnitGroup, solution: Solution, moments: Moments) -> GroupLog:
+    """Accept or decline a proposal; here alone the host waits for the device."""
+    reason = solution.decline_reason()
+    tokens = max(float(moments.count), 1.0)
+    before, after = float(solution.before) / tokens, float(solution.after) / tokens
+    return GroupLog(group.name, reason is None, before, after if reason is None else before, reason)
 
 
 def _layer_inputs(model: nn.Module, first_layer: str, head: Head, batch: Batch) -> tuple[Tensor, Any, Any]:

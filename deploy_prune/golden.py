@@ -1,0 +1,62 @@
+"""Golden cases: small batches with every variant's outputs, to check any artifact or runtime against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .batches import Batches
+from .bundle import GoldenCase
+from .heads import Head
+from .tasks.base import Row
+from .variants import Variants
+
+
+def golden_cases(variants: Variants, head: Head, rows: Sequence[Row], pad_id: int) -> list[GoldenCase]:
+    """Make golden cases from evaluation rows: one row, a padded batch, and a batch padded beyond its rows."""
+    cases = []
+    shapes = ((rows[:1], 0), (rows[1:5] or rows[:1], 0), (rows[5:7] or rows[:1], 7))
+    limit = _max_positions(variants.dense)
+    for chosen, extra in shapes:
+        batch = Batches([Row(r.features) for r in chosen], head, pad_id).collate(list(range(len(chosen))))
+        length = batch.inputs["input_ids"].shape[1]
+        extra = max(0, min(extra, limit - length))
+        inputs = {
+            name: torch.nn.functional.pad(t, (0, extra), value=pad_id if name == "input_ids" else 0)
+            for name, t in batch.inputs.items()
+        }
+        case = GoldenCase({name: t.numpy() for name, t in inputs.items()}, {})
+        with torch.inference_mode():
+            for name, model in variants.items().items():
+                outputs = head.outputs(model, inputs)
+                case.outputs[name] = {k: v.float().numpy().copy() for k, v in outputs.items()}
+        cases.append(case)
+    return cases
+
+
+def _max_positions(model: Any) -> int:
+    """Return how many tokens the position embeddings allow."""
+    config = model.config
+    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "mpnet") else 0
+    return int(config.max_position_embeddings) - offset
+
+
+def random_rows(model: nn.Module, inputs: Sequence[str], pad_id: int) -> list[Row]:
+    """Return rows of random tokens of several lengths, where there are no data to compare models on."""
+    rng = np.random.default_rng(0)
+    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    rows = []
+    for length in (9, 17, 6, 12, 5, 8, 11, 16):
+        ids = rng.integers(1, vocabulary, length)
+        ids[ids == pad_id] = (pad_id + 1) % vocabulary
+        ones = {
+            "input_ids": ids,
+            "attention_mask": np.ones(length, np.int64),
+            "token_type_ids": np.zeros(length, np.int64),
+        }
+        rows.append(Row({name: ones[name].astype(np.int64) for name in inputs}))
+    return rows

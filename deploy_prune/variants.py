@@ -1,0 +1,78 @@
+"""The three models that every comparison is about: dense, virtual (masked) and sliced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .costs import encoder_flops, removed_params
+from .heads import Head
+from .masking import OutputWeights, mask_model
+from .slicing import slice_model
+from .units import SlicePlan, UnitGroup
+
+
+@dataclass
+class Variants:
+    """Hold the three models on the CPU, and what they were made by."""
+
+    dense: nn.Module
+    virtual: nn.Module
+    sliced: nn.Module
+    groups: tuple[UnitGroup, ...]
+    plan: SlicePlan
+    refitted: list[str]
+
+    def items(self) -> dict[str, nn.Module]:
+        return {"dense": self.dense, "virtual": self.virtual, "sliced": self.sliced}
+
+
+def make_variants(
+    model: nn.Module,
+    groups: tuple[UnitGroup, ...],
+    plan: SlicePlan,
+    updates: Mapping[str, OutputWeights],
+) -> Variants:
+    """Mask and slice a dense model by a plan; all three end up on the CPU."""
+    model = model.cpu()
+    on_cpu = {name: OutputWeights(u.weight.cpu(), u.bias.cpu()) for name, u in updates.items()}
+    virtual = mask_model(model, groups, plan, on_cpu)
+    sliced = slice_model(model, groups, plan, on_cpu)
+    return Variants(model, virtual, sliced, groups, plan, sorted(on_cpu))
+
+
+def count_variants(variants: Variants, head: Head, seq_len: int, inputs: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Count FLOPs by the formula and check them against the models that run."""
+    from .runtime_bench.flops import count_torch
+
+    feeds = {name: torch.ones(1, seq_len, dtype=torch.long) for name in inputs}
+    plans: dict[str, SlicePlan | None] = {"dense": None, "virtual": None, "sliced": variants.plan}
+    params = {name: sum(p.numel() for p in model.parameters()) for name, model in variants.items().items()}
+    expected = params["dense"] - removed_params(variants.groups, variants.plan)
+    if params["sliced"] != expected:
+        raise RuntimeError(f"The sliced model has {params['sliced']} parameters, the plan says {expected}")
+    counts: dict[str, dict[str, int]] = {}
+    for name, model in variants.items().items():
+        counted = count_torch(_WithHead(model, head), feeds)
+        encoder = encoder_flops(variants.groups, seq_len, plans[name])
+        counts[name] = {
+            "flops": counted,
+            "encoder_flops": encoder,
+            "params": params[name],
+            "weight_bytes": 4 * params[name],
+        }
+        if counted - encoder != counts["dense"]["flops"] - counts["dense"]["encoder_flops"]:
+            raise RuntimeError(f"{name}: {counted} FLOPs counted, the formula's encoder has {encoder}")
+    return counts
+
+
+class _WithHead(nn.Module):
+    def __init__(self, model: nn.Module, head: Head) -> None:
+        super().__init__()
+        self.model, self.head = model, head
+
+    def forward(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self.head.outputs(self.model, inputs).values())

@@ -1,0 +1,216 @@
+"""Compensation: the normal equations against plain least squares, and the sweep over real layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models_tiny import FAMILIES, padded_inputs, tiny_model, tiny_rows
+from scipy.sparse.linalg import lsmr
+
+from deploy_prune.archs import arch_of
+from deploy_prune.batches import Batches
+from deploy_prune.calibration import calibrate
+from deploy_prune.compensate import MaskTuning, Refit, get_solver, sweep
+from deploy_prune.compensate.moments import Moments
+from deploy_prune.compensate.solution import Solution
+from deploy_prune.criteria import fisher
+from deploy_prune.errors import InputError
+from deploy_prune.heads import Head
+from deploy_prune.masking import mask_model
+from deploy_prune.predict import predict
+from deploy_prune.slicing import slice_model
+from deploy_prune.stages import Options, prune_rows, with_scales
+from deploy_prune.units import MaskSet, SlicePlan, UnitGroup
+
+
+def group(width: int = 1) -> UnitGroup:
+    return UnitGroup("L00.neurons", "neuron", 0, 6, width, 5, 1, ("fc1",), "fc2", "fc1")
+
+
+def problem(seed: int = 0, n: int = 6, d: int = 5) -> tuple[Any, ...]:
+    g = torch.Generator().manual_seed(seed)
+    h = torch.randn(3, 40, n, generator=g)
+    y = torch.randn(3, 40, d, generator=g) + h @ torch.randn(n, d, generator=g)
+    weight = torch.ones(3, 40)
+    weight[1, 25:] = 0
+    moments = Moments(n, d, h.device)
+    moments.add(h, y, weight)
+    keep = weight.bool()
+    return h[keep].double(), y[keep].double(), torch.randn(d, n, generator=g), torch.randn(d, generator=g), moments
+
+
+def test_moments_are_those_of_the_unpadded_tokens() -> None:
+    h, y, w, b, moments = problem()
+    assert torch.allclose(moments.hh, h.T @ h, rtol=1e-5)
+    assert float(moments.count) == len(h)
+    error = ((h @ w.double().T + b.double() - y) ** 2).sum()
+    assert float(moments.residual(w, b)) == pytest.approx(float(error), rel=1e-5)
+
+
+@pytest.mark.parametrize("ridge", [1e-6, 1e-3, 1.0])
+def test_refit_is_the_ridge_solution(ridge: float) -> None:
+    h, y, w0, b0, moments = problem()
+    found = Refit(ridge=ridge).solve(group(), w0, b0, moments)
+    penalty = ridge * float((h**2).sum(0).mean())
+    # rows of an augmented least-squares problem: data, then sqrt(penalty) (W - W0) = 0; the bias is free
+    a = np.block([[h.numpy(), np.ones((len(h), 1))], [np.sqrt(penalty) * np.eye(6), np.zeros((6, 1))]])
+    rhs = np.vstack([y.numpy(), np.sqrt(penalty) * w0.double().numpy().T])
+    expected = np.linalg.lstsq(a, rhs, rcond=None)[0]
+    assert found.weight.numpy() == pytest.approx(expected[:6].T, rel=1e-3, abs=1e-4)
+    assert found.bias.numpy() == pytest.approx(expected[6], rel=1e-3, abs=1e-4)
+    assert float(found.after) <= float(found.before)
+    assert found.decline_reason() is None
+
+
+def test_refit_without_inputs_is_the_mean() -> None:
+    _, y, _, b0, _ = problem()
+    moments = Moments(0, 5, y.device)
+    moments.add(torch.zeros(1, len(y), 0), y.float().unsqueeze(0), torch.ones(1, len(y)))
+    found = Refit().solve(group(), torch.zeros(5, 0), b0, moments)
+    assert torch.allclose(found.bias.double(), y.mean(0), atol=1e-5)
+
+
+def test_refit_of_dead_inputs_keeps_the_weights() -> None:
+    """A head or neuron that never fires gives a singular Gram matrix."""
+    _, y, w0, b0, _ = problem()
+    moments = Moments(6, 5, y.device)
+    moments.add(torch.zeros(1, len(y), 6), y.float().unsqueeze(0), torch.ones(1, len(y)))
+    found = Refit().solve(group(), w0, b0, moments)
+    assert found.decline_reason() is None
+    assert torch.allclose(found.weight, w0)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("solver", ["lsmr", "exact"])
+def test_mask_tuning_equals_lsmr_on_the_whole_system(solver: str, width: int) -> None:
+    h, y, w0, b0, moments = problem()
+    units = 6 // width
+    found = MaskTuning(solver=solver).solve(group(width), w0, b0, moments)  # type: ignore[arg-type]
+    w, b = w0.double(), b0.double()
+    columns = [h[:, u * width : (u + 1) * width] @ w[:, u * width : (u + 1) * width].T for u in range(units)]
+    a = torch.stack([c.reshape(-1) for c in columns], dim=1).numpy()
+    rhs = (y - b).reshape(-1).numpy() - a.sum(1)
+    expected = 1 + lsmr(a, rhs, damp=1.0, atol=1e-12, btol=1e-12, maxiter=1000)[0]
+    assert found.scales is not None
+    assert found.scales.numpy() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert torch.allclose(found.weight.double(), w * found.scales.repeat_interleave(width), atol=1e-6)
+    assert float(found.after) <= float(found.before)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"info": torch.tensor(2)}, "positive definite"),
+        ({"weight": torch.full((5, 6), torch.nan)}, "finite"),
+        ({"scales": torch.tensor([1.0, 11.0])}, "left"),
+        ({"after": torch.tensor(3.0)}, "grow"),
+    ],
+)
+def test_bad_solutions_are_declined_with_a_reason(change: dict[str, Any], reason: str) -> None:
+    good = {"weight": torch.ones(5, 6), "bias": torch.ones(5), "before": torch.tensor(2.0), "after": torch.tensor(1.0)}
+    assert Solution(**good).decline_reason() is None
+    assert reason in str(Solution(**(good | change)).decline_reason())
+
+
+def ragged_plan(model: Any) -> tuple[tuple[UnitGroup, ...], SlicePlan]:
+    groups = arch_of(model).groups(model)
+    masks = MaskSet.ones(groups)
+    for number, g in enumerate(groups):
+        masks[g.name][(number % 2) + 1 :: 2] = 0
+    masks["L01.heads"][:] = 0
+    masks["L02.neurons"][:] = 0
+    masks["L00.heads"][:] = [0, 1, 0, 0]  # one remaining unit
+    return groups, SlicePlan.from_masks(groups, masks)
+
+
+@pytest.mark.parametrize("name", ["refit", "mask-tuning", "mask-tuning-exact"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sweep_lowers_the_error_and_stays_equal_to_the_masked_model(family: str, name: str) -> None:
+    model, head, rows = tiny_model(family), Head("classification"), tiny_rows(96)
+    groups, plan = ragged_plan(model)
+    student = slice_model(model, groups, plan)
+    before = hidden_error(model, student)
+    swept = sweep(student, model, groups, plan, head, Batches(rows, head, 1), get_solver(name))
+    assert [entry.group for entry in swept.log] == [g.name for g in groups]
+    assert all(e.residual_after <= e.residual_before * (1 + 1e-6) for e in swept.log)
+    tuned = plan if name == "refit" else with_scales(plan, swept.scales)
+    again = slice_model(model, groups, tuned, swept.updates)
+    virtual = mask_model(model, groups, tuned, swept.updates)
+    for a, b, c in zip(*(predict(m, head, rows, pad_id=1) for m in (student, again, virtual)), strict=True):
+        assert np.abs(a["logits"] - b["logits"]).max() <= 1e-5
+        assert np.abs(b["logits"] - c["logits"]).max() <= 1e-5
+    if name == "refit":
+        assert hidden_error(model, student) < before
+
+
+def hidden_error(teacher: Any, student: Any) -> float:
+    inputs = padded_inputs(batch=1, length=12)
+    with torch.inference_mode():
+        states = [m.base_model(**inputs).last_hidden_state for m in (teacher, student)]
+    return float((states[0] - states[1]).square().mean())
+
+
+@dataclass(frozen=True)
+class FailsOnce(Refit):
+    """Refit, but with a proposal that must be declined in one group."""
+
+    bad: str = "L00.neurons"
+
+    def solve(self, group: UnitGroup, weight: Any, bias: Any, moments: Moments) -> Solution:
+        solution = super().solve(group, weight, bias, moments)
+        if group.name == self.bad:
+            solution.weight = torch.full_like(solution.weight, torch.nan)
+        return solution
+
+
+def test_one_bad_layer_does_not_stop_the_others() -> None:
+    """The public code leaves the loop at the first bad layer and says nothing."""
+    model, head = tiny_model("bert"), Head("classification")
+    groups, plan = ragged_plan(model)
+    student = slice_model(model, groups, plan)
+    swept = sweep(student, model, groups, plan, head, Batches(tiny_rows(64), head, 0), FailsOnce())
+    assert [e.group for e in swept.log if not e.accepted] == ["L00.neurons"]
+    assert len(swept.log) == len(groups)
+    assert "finite" in str(next(e.reason for e in swept.log if not e.accepted))
+    assert torch.isfinite(torch.cat([p.flatten() for p in student.parameters()])).all()
+
+
+def test_heads_of_the_first_layer_are_tuned() -> None:
+    """The public code never tunes layer 0's heads."""
+    model = tiny_model("bert")
+    result = prune_rows(model, Head("classification"), tiny_rows(96), 0.6, options=Options(compensate="mask-tuning"))
+    assert any(s != 1.0 for s in result.plan["L00.heads"].scales)
+
+
+def test_whole_plan_is_left_nearly_alone() -> None:
+    """Nothing cut: the best refit is the dense projection itself."""
+    model, head = tiny_model("bert"), Head("classification")
+    groups = arch_of(model).groups(model)
+    plan = SlicePlan.from_masks(groups, MaskSet.ones(groups))
+    student = slice_model(model, groups, plan)
+    rows = tiny_rows(64)
+    sweep(student, model, groups, plan, head, Batches(rows, head, 0), Refit())
+    dense, refitted = (predict(m, head, rows) for m in (model, student))
+    assert max(np.abs(a["logits"] - b["logits"]).max() for a, b in zip(dense, refitted, strict=True)) < 1e-3
+
+
+def test_same_seed_same_hash_and_stages() -> None:
+    model, rows = tiny_model("roberta"), tiny_rows(96)
+    head = Head("classification")
+    first, second = (prune_rows(model, head, rows, 0.5, pad_id=1) for _ in range(2))
+    assert first.hash == second.hash
+    assert [s["name"] for s in first.stages] == ["calibrate", "search", "rearrange", "compensate"]
+    bare = prune_rows(model, head, rows, 0.5, options=Options(rearrange="none", compensate="none"))
+    assert [s["name"] for s in bare.stages] == ["calibrate", "search"]
+    scores = fisher(calibrate(model, first.groups, head, rows, pad_id=1))
+    assert set(scores) == {g.name for g in first.groups}
+
+
+def test_unknown_compensation_lists_the_known() -> None:
+    with pytest.raises(InputError, match="prayer") as caught:
+        get_solver("prayer")
+    assert "refit" in caught.value.hint
