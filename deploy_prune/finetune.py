@@ -19,8 +19,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from .batches import Batches
-from .evaluate import predict
 from .heads import Head
+from .predict import predict
 from .progress import Progress
 from .tasks.base import HeadKind, Row, RowOutput
 

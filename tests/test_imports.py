@@ -23,12 +23,12 @@ FOLDERS = {
 LAYERS = [
     "errors units progress",
     "archs costs heads tasks bundle config masking modeling_sliced batches fidelity given_masks archives snippets",
-    "calibration",
+    "calibration predict",
     "criteria",
-    "search rearrange compensate evaluate",
+    "search rearrange compensate",
     "slicing checkpoint",
-    "stages runtimes finetune recover",
-    "export runtime_bench demo",
+    "variants golden stages runtimes finetune recover",
+    "evaluate export runtime_bench demo",
     "pipeline",
     "api screen inspection doctor serve cli",
 ]
