@@ -27,8 +27,9 @@ LAYERS = [
     "criteria",
     "search rearrange compensate",
     "slicing checkpoint",
-    "variants golden stages runtimes finetune recover",
-    "evaluate export runtime_bench demo",
+    "stages runtimes finetune recover",
+    "export runtime_bench demo",
+    "variants golden evaluate",
     "pipeline",
     "api screen inspection doctor serve cli",
 ]
