@@ -249,7 +249,10 @@ def staging(destination: str | Path) -> Iterator[Bundle]:
                 hint="Choose another --out, or empty the folder: nothing in it was touched.",
             )
     with disk_errors(destination):
-        destination.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+        except (FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+            raise InputError(f"Cannot make the folder {destination.parent}: {error.strerror}.") from error
     with locked(destination):
         root = destination.parent / f".{destination.name}.staging"
         with disk_errors(root):

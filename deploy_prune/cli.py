@@ -55,13 +55,15 @@ def recipe_command(function: Callable[..., None]) -> Callable[..., None]:
         flag = f"--{name.replace('_', '-')}"
         flags = (f"{flag}/--no-{name.replace('_', '-')}",) if name == "label_free" else ALIASES.get(name, (flag,))
         default = "" if field.default is None else f" [dim]\\[default: {_shown(field.default)}][/dim]"
-        option = typer.Option(*flags, help=f"{field.description}{default}", show_default=False)
+        kind = _flag_type(field.annotation)
+        metavar = None if kind is bool else "NUMBER" if kind in (int, float) else "TEXT"
+        option = typer.Option(*flags, help=f"{field.description}{default}", show_default=False, metavar=metavar)
         parameters.append(
             inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
-                annotation=Annotated[_flag_type(field.annotation) | None, option],
+                annotation=Annotated[bool | None if kind is bool else str | None, option],  # the recipe checks it
             )
         )
     parameters.append(inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json))
@@ -81,7 +83,7 @@ def recipe_command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _flag_type(annotation: Any) -> type:
-    """Return the type of a flag: lists and choices are given as text and checked by the recipe."""
+    """Return the type that a flag's value stands for: bool, a number, or text (lists and choices too)."""
     options = [a for a in get_args(annotation) if a is not type(None)] if type(None) in get_args(annotation) else []
     single = options[0] if options else annotation
     return str if get_origin(single) in (tuple, Literal) else single

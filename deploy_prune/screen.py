@@ -94,7 +94,7 @@ def print_summary(rows: Sequence[dict[str, Any]], where: str) -> None:
         if any(v != "-" for v in values):
             table.add_row(name, *values)
 
-    line("FLOPs", [_giga(r["flops"]) for r in rows])
+    line("FLOPs", [_flops(r["flops"]) for r in rows])
     line("encoder FLOPs kept", ["-" if r["keep_flops"] is None else f"{100 * r['keep_flops']:.1f}%" for r in rows])
     line("parameters", [_scaled(r["params"], 1e6, "M") for r in rows])
     line("weights", [_scaled(r["weight_bytes"], 1e6, "MB") for r in rows])
@@ -129,5 +129,7 @@ def _scaled(value: float | None, unit: float, name: str) -> str:
     return "-" if value is None else f"{value / unit:,.1f} {name}"
 
 
-def _giga(value: float | None) -> str:
-    return "-" if value is None else f"{value / 1e9:.3f} G"
+def _flops(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return _scaled(value, 1e9, "G") if value >= 1e10 else f"{value / 1e6:,.2f} M"

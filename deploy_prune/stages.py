@@ -26,7 +26,7 @@ from .rearrange import rearrange
 from .search import Scores, search_flops
 from .slicing import slice_model
 from .tasks.base import Row
-from .units import MaskSet, SlicePlan, UnitGroup
+from .units import GroupPlan, MaskSet, SlicePlan, UnitGroup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -180,9 +180,12 @@ def _teacher(
 
 
 def with_scales(plan: SlicePlan, scales: Mapping[str, torch.Tensor]) -> SlicePlan:
-    return SlicePlan(
-        tuple(replace(g, scales=tuple(scales[g.name].tolist())) if g.name in scales else g for g in plan.groups)
-    )
+    """Return the plan with new scales (kept units,) for the named groups."""
+
+    def scaled(g: GroupPlan) -> GroupPlan:
+        return replace(g, scales=tuple(scales[g.name].tolist())) if g.name in scales else g
+
+    return SlicePlan(tuple(scaled(g) for g in plan.groups))
 
 
 class Recorder:

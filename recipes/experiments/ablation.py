@@ -1,0 +1,157 @@
+"""Measure what each stage of the pruning adds, over budgets and seeds: the tables of docs/results.md.
+
+    python recipes/experiments/ablation.py MODEL --task sst2 --data glue/SST-2 --keep 0.7,0.6,0.5,0.4 \
+        --seeds 0,1,2 --out docs/results/sst2.json
+
+Every cell compares with the dense model on the whole evaluation split. Rows: dense, search (the
+paper's), +rearrange, +mask tuning (the paper's three stages), search + refit, +rearrange + refit (the
+default).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from deploy_prune.archs import check_config
+from deploy_prune.batches import Batches
+from deploy_prune.bundle import write_atomically
+from deploy_prune.calibration import calibrate, sample_indices
+from deploy_prune.checkpoint import load_dense
+from deploy_prune.compensate import MaskTuning, Refit, Solver, sweep
+from deploy_prune.costs import Budget, encoder_flops
+from deploy_prune.criteria import fisher
+from deploy_prune.fidelity import fidelity
+from deploy_prune.heads import Head
+from deploy_prune.predict import predict
+from deploy_prune.rearrange import rearrange
+from deploy_prune.runtime_bench.machine import default_threads, describe_machine
+from deploy_prune.search import search_flops
+from deploy_prune.slicing import slice_model
+from deploy_prune.stages import resolve_device
+from deploy_prune.tasks import load_task, task_head
+from deploy_prune.units import MaskSet, SlicePlan
+
+console = Console(stderr=True)
+
+
+class Ablation:
+    """Hold one dense model, its evaluation split, and the rows measured so far."""
+
+    def __init__(self, model: str, task: str, data: str, samples: int, device: str) -> None:
+        self.head = Head(task_head(task))
+        dense = load_dense(str(Path(model).resolve()), self.head.kind)
+        self.device = resolve_device(device)
+        self.model, self.pad_id, self.samples = dense.model.to(self.device), dense.tokenizer.pad_token_id or 0, samples
+        self.data = load_task(task, tokenizer=dense.tokenizer, config=self.model.config, data=data)
+        self.groups = check_config(self.model.config).groups(self.model)
+        self.split = self.data.evaluation
+        self.rows = self.split.rows()
+        self.dense = predict(self.model, self.head, self.rows, pad_id=self.pad_id)
+        self.results: list[dict[str, Any]] = [
+            {"method": "dense", "keep": 1.0, "seed": None, **self.split.score(self.dense, self.dense)}
+        ]
+
+    def measure(self, method: str, keep: float, seed: int, model: torch.nn.Module, seconds: float, **more: Any) -> None:
+        outputs = predict(model, self.head, self.rows, pad_id=self.pad_id)
+        row = {
+            "method": method,
+            "keep": keep,
+            "seed": seed,
+            "seconds": round(seconds, 1),
+            **self.split.score(outputs, self.dense),
+            **fidelity(self.head.kind, self.dense, outputs),
+            **more,
+        }
+        self.results.append(row)
+        console.print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+
+    def run(self, keeps: list[float], seed: int) -> None:
+        """Calibrate once, then measure every stage at every budget."""
+        rows = self.data.train.encode(sample_indices(len(self.data.train), self.samples, seed))
+        started = time.perf_counter()
+        stats = calibrate(self.model, self.groups, self.head, rows, pad_id=self.pad_id)
+        calibration_s = time.perf_counter() - started
+        scores, batches = fisher(stats), Batches(rows, self.head, self.pad_id)
+        length = -(-sum(r.length for r in rows) // len(rows))  # mean, rounded up
+
+        def searched(budget: Budget) -> tuple[MaskSet, MaskSet]:
+            masks = search_flops(self.groups, scores, budget)
+            return masks, rearrange(self.groups, masks, stats.gradients)[0]
+
+        for keep in keeps:
+            budget = Budget(keep, length)
+            started = time.perf_counter()
+            found, moved = searched(budget)
+            search_s = time.perf_counter() - started
+            plans = {"search": self.plan(found), "+rearrange": self.plan(moved)}
+            dense_flops = encoder_flops(self.groups, length)
+            facts = {
+                "seq_len": length,
+                "samples": len(rows),
+                "calibration_seconds": round(calibration_s, 1),
+                "kept_flops": encoder_flops(self.groups, length, plans["search"]) / dense_flops,
+            }
+            for method, plan in plans.items():
+                self.measure(method, keep, seed, self.slice(plan), search_s, layers=plan.layer_counts(), **facts)
+            teacher = self.slice(self.plan(searched(replace(budget, keep=keep**0.5))[1]))
+            trials: list[tuple[str, str, torch.nn.Module, Solver]] = [
+                ("+mask tuning", "+rearrange", teacher, MaskTuning()),
+                ("search + refit", "search", self.model, Refit()),
+                ("+rearrange + refit", "+rearrange", self.model, Refit()),
+            ]
+            for method, base, taught_by, solver in trials:
+                student = self.slice(plans[base])
+                started = time.perf_counter()
+                swept = sweep(student, taught_by, self.groups, plans[base], self.head, batches, solver)
+                seconds = time.perf_counter() - started
+                declined = [entry.group for entry in swept.log if not entry.accepted]
+                self.measure(method, keep, seed, student, seconds, declined=declined, **facts)
+
+    def plan(self, masks: MaskSet) -> SlicePlan:
+        return SlicePlan.from_masks(self.groups, masks)
+
+    def slice(self, plan: SlicePlan) -> torch.nn.Module:
+        return slice_model(self.model, self.groups, plan)
+
+
+def _list(kind: Callable[[str], Any], text: str) -> list[Any]:
+    return [kind(part) for part in text.split(",")]
+
+
+def main(
+    model: str,
+    task: Annotated[str, typer.Option()],
+    data: Annotated[str, typer.Option()],
+    out: Annotated[Path, typer.Option()],
+    keep: str = "0.5",
+    seeds: str = "0",
+    samples: int = 2048,
+    device: str = "auto",
+) -> None:
+    """Write one JSON file with the machine and a row per method, budget and seed."""
+    ablation = Ablation(model, task, data, samples, device)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for seed in _list(int, seeds):
+        ablation.run(_list(float, keep), seed)
+        document = {
+            "model": Path(model).name,
+            "task": task,
+            "metric": ablation.data.metric,
+            "evaluated": {"split": ablation.split.name, "rows": len(ablation.split)},
+            "machine": describe_machine(default_threads()),
+            "rows": ablation.results,
+        }
+        write_atomically(out, json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

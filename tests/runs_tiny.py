@@ -1,0 +1,88 @@
+"""Tiny checkpoints with tokenizer and data, to run the whole pipeline on in seconds."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from models_tiny import tiny_model
+from tasks_tiny import tiny_tokenizer
+
+WORDS = [
+    "good",
+    "bad",
+    "fine",
+    "dull",
+    "bright",
+    "slow",
+    "quick",
+    "warm",
+    "cold",
+    "film",
+    "plot",
+    "actor",
+    "scene",
+    "story",
+    "music",
+    "joke",
+    "paris",
+    "london",
+]
+
+
+def checkpoint(folder: Path, head: str = "classification", family: str = "bert", **changes: Any) -> Path:
+    """Save a stock transformers folder with random weights; mechanics alone are tested on it."""
+    tokenizer = tiny_tokenizer(" ".join(WORDS))
+    if family in ("distilbert", "mpnet", "roberta"):
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    model = tiny_model(family, head, vocab_size=len(tokenizer), pad_token_id=0, **changes)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def sentence(rng: random.Random) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(3, 9)))
+
+
+def data(folder: Path, head: str = "classification", train: int = 96, evaluation: int = 24, label: bool = True) -> Path:
+    """Write train and validation files of the generic task of a head."""
+    rng = random.Random(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in (("train", train), ("validation", evaluation)):
+        if head == "token":
+            lines = []
+            for i in range(count):
+                words = [*rng.choices(WORDS, k=rng.randint(3, 9)), f"{name[0]}{i}"]
+                lines += [f"{w} LABEL_{rng.randrange(5)}" for w in words] + [""]
+            (folder / f"{name}.txt").write_text("\n".join(lines))
+            continue
+        if head == "qa":
+            paragraphs = [_paragraph(rng, f"{name}{i}") for i in range(count)]
+            document = {"version": "1.1", "data": [{"title": name, "paragraphs": paragraphs}]}
+            (folder / f"{name}.json").write_text(json.dumps(document))
+            continue
+        rows = []
+        for i in range(count):
+            row: dict[str, Any] = {"text": f"{sentence(rng)} {name[0]}{i}"}
+            if head == "pair":
+                row = {"text_a": row["text"], "text_b": sentence(rng)}
+            if label and head != "embedding":
+                row["label"] = rng.random() * 5 if head == "regression" else rng.randrange(3)
+            rows.append(json.dumps(row))
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def _paragraph(rng: random.Random, identity: str) -> dict[str, Any]:
+    words = [*rng.choices(WORDS, k=8), identity]
+    context = " ".join(words)
+    answer = words[rng.randrange(8)]
+    question = {
+        "id": identity,
+        "question": f"what {rng.choice(WORDS)}",
+        "answers": [{"text": answer, "answer_start": context.index(answer)}],
+    }
+    return {"context": context, "qas": [question]}
