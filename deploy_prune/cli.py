@@ -139,7 +139,7 @@ def slice_command(
     out: Annotated[Path, typer.Option(help="Folder of the bundle.")],
     task: Annotated[str | None, typer.Option(help="Task, to measure quality with --data.")] = None,
     data: Annotated[str | None, typer.Option(help="File or folder with the task's data.")] = None,
-    seq_len: Annotated[int, typer.Option(help="Length at which FLOPs are counted, in tokens.")] = 128,
+    seq_len: Annotated[int | None, typer.Option(help="Length at which FLOPs are counted (default: 128).")] = None,
     as_json: Json = False,
 ) -> None:
     """Cut a model by given masks; tuned values are folded into the output projections.

@@ -127,7 +127,7 @@ def _train(encoder: Path, out: Path, splits: dict[str, list[Snippet]], reporter:
         raise MissingExtraError(error.name or "torch", "cpu") from error
     learner = Learner.from_encoder(encoder, "classification", id2label=LABELS, seed=SEED)
     rows = {name: text_rows(learner.tokenizer, part, MAX_LENGTH) for name, part in splits.items()}
-    recipe = Recipe(epochs=1, batch_size=16, learning_rate=1e-4, seed=SEED)
+    recipe = Recipe(epochs=1, batch_size=32, learning_rate=1.5e-4, seed=SEED)
     with reporter.stage("demo: fine-tune, once") as progress:
         learner.train(rows["train"], recipe, progress)
     with reporter.stage("demo: measure accuracy") as progress:

@@ -20,7 +20,7 @@ def golden_cases(variants: Variants, head: Head, rows: Sequence[Row], pad_id: in
     """Make golden cases from evaluation rows: one row, a padded batch, and a batch padded beyond its rows."""
     cases = []
     shapes = ((rows[:1], 0), (rows[1:5] or rows[:1], 0), (rows[5:7] or rows[:1], 7))
-    limit = _max_positions(variants.dense)
+    limit = max_positions(variants.dense)
     for chosen, extra in shapes:
         batch = Batches([Row(r.features) for r in chosen], head, pad_id).collate(list(range(len(chosen))))
         length = batch.inputs["input_ids"].shape[1]
@@ -38,7 +38,7 @@ def golden_cases(variants: Variants, head: Head, rows: Sequence[Row], pad_id: in
     return cases
 
 
-def _max_positions(model: Any) -> int:
+def max_positions(model: Any) -> int:
     """Return how many tokens the position embeddings allow."""
     config = model.config
     offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "mpnet") else 0

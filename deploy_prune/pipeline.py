@@ -23,6 +23,7 @@ from .config import MIN_SAMPLES, Recipe
 from .costs import encoder_flops
 from .errors import InputError, VerdictError
 from .evaluate import evaluate
+from .golden import max_positions
 from .heads import Head
 from .progress import Reporter, Silent
 from .stages import Options, Recorder, prune_rows, resolve_device
@@ -59,6 +60,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
         head = Head(head_kind, pooling=recipe.pooling)
         label_free = _label_free(recipe, data)
         rows = _calibration_rows(recipe, data, reporter)
+        _check_length(recipe.seq_len, dense.model)
 
         dense.model.to(device)
         pruned = prune_rows(
@@ -103,7 +105,7 @@ def slice_given(
     *,
     task: str | None = None,
     data: str | None = None,
-    seq_len: int = 128,
+    seq_len: int | None = None,
     reporter: Reporter | None = None,
 ) -> Bundle:
     """Publish a bundle of a model cut by given masks; without `data`, quality is not measured.
@@ -124,6 +126,8 @@ def slice_given(
         if data is not None:
             task = task or infer_task(config, has_text_pair=data_has_pair(Path(data)))
             task_data = load_task(task, tokenizer=dense.tokenizer, config=dense.model.config, data=data)
+        seq_len = seq_len or min(128, max_positions(dense.model))
+        _check_length(seq_len, dense.model)
         recorder = Recorder(torch.device("cpu"))
         groups = arch_of(dense.model).groups(dense.model)
         plan = SlicePlan.from_masks(groups, read_masks(masks, groups))
@@ -209,6 +213,12 @@ def _resolve(recipe: Recipe, reporter: Reporter) -> tuple[str, str, str | None]:
         reporter.note(f"Task inferred from the model and the data: {task}")
     check_task(task, config)
     return source, task, recipe.data
+
+
+def _check_length(seq_len: int | None, model: nn.Module) -> None:
+    limit = max_positions(model)
+    if seq_len is not None and seq_len > limit:
+        raise InputError(f"seq_len {seq_len} is longer than the model's {limit} positions.", hint="Use a shorter one.")
 
 
 def _label_free(recipe: Recipe, data: TaskData) -> bool:

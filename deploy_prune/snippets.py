@@ -10,6 +10,9 @@ import html
 import re
 from typing import TypedDict
 
+# People rated from -4 to 4 in whole steps, 0 being neutral: a mean that rounds to 0 is neutral too.
+NEUTRAL_BELOW = 0.5
+
 
 class Snippet(TypedDict):
     """Hold one sentence; the label is 1 where people found it positive, 0 where negative."""
@@ -21,7 +24,7 @@ class Snippet(TypedDict):
 def parse_snippets(content: bytes) -> list[Snippet]:
     """Return the rows of tab-separated (id, mean score, text) lines, labelled by the sign of the score.
 
-    Neutral sentences (score 0) are left out, and of repeated ones the later.
+    Neutral sentences are left out, and of repeated ones the later.
     """
     rows: dict[str, Snippet] = {}
     for line in content.decode("utf-8").split("\n"):
@@ -30,7 +33,7 @@ def parse_snippets(content: bytes) -> list[Snippet]:
         _, score, text = line.split("\t", 2)
         text = " ".join(html.unescape(text).split())
         key = sentence_key(text)
-        if key and float(score) != 0:
+        if key and abs(float(score)) >= NEUTRAL_BELOW:
             rows.setdefault(key, Snippet(text=text, label=int(float(score) > 0)))
     return list(rows.values())
 

@@ -101,6 +101,7 @@ BAD_INPUT: list[tuple[str, Callable[[Workplace], None] | None, list[str], int, s
     ("untrained head", untrained_head, [], 2, "classifier"),
     ("unknown criterion", None, ["--criterion", "psychic"], 2, "psychic"),
     ("unknown compensation", None, ["--compensate", "prayer"], 2, "prayer"),
+    ("budget longer than the positions", None, ["--seq-len", "49"], 2, "48 positions"),
     ("no such device", None, ["--device", "cuda:63"], 4, "cuda:63"),
     ("unknown device", None, ["--device", "toaster"], 2, "toaster"),
     ("unknown flag", None, ["--colour", "red"], 2, "--colour"),

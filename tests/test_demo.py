@@ -105,7 +105,7 @@ def read_zip_of(folder: Path, member: str) -> bytes:
 LINES = (
     "1\t2.5\tBéart is  magnificent &amp; warm.\r\n"
     "2\t-0.6\tEffective but too tepid biopic\r\n"
-    "3\t0.0\tIt is a film.\r\n"
+    "3\t-0.4\tIt is a film.\r\n"
     "4\t-3\teffective, but TOO tepid biopic!\r\n"
 ).encode()
 

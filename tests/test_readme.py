@@ -1,0 +1,83 @@
+"""Every command of the README is run: on tiny checkpoints, in an empty folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs_tiny import checkpoint, data
+
+from deploy_prune import demo
+from deploy_prune.cli import invoke
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+BASH = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.strip().splitlines()]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the README's reader has it, and a demo that is already in the cache."""
+    folder = tmp_path_factory.mktemp("reader")
+    checkpoint(folder / "my-model")
+    data(folder / "my-data")
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    rng = np.random.default_rng(0)
+    masks = {"head_mask": rng.random((3, 4)) < 0.5, "neuron_mask": rng.random((3, 24)) < 0.5}
+    np.savez(folder / "masks.npz", **{k: v.astype(np.float32) for k, v in masks.items()})
+    cached = folder / "cache" / f"demo-{demo.VERSION}"
+    checkpoint(cached / "model")
+    data(cached / "data")
+    (cached / "demo.json").write_text("{}")
+    return folder
+
+
+def test_commands_are_all_known() -> None:
+    assert BASH[:2] == ["make export", "make test"]
+    assert all(line.startswith(("make ", "deploy-prune ")) for line in BASH)
+
+
+@pytest.mark.parametrize("line", [b for b in BASH if b.startswith("deploy-prune")])
+def test_command(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("DEPLOY_PRUNE_CACHE", str(folder / "cache"))
+    assert invoke(shlex.split(line)[1:]) == 0
+
+
+@pytest.mark.parametrize("line", [b for b in BASH if b.startswith("make export")])
+def test_make_export(line: str, folder: Path) -> None:
+    ready = ROOT / ".venv" / ".installed"
+    if not ready.exists() or Path(sys.prefix) != ROOT / ".venv":
+        pytest.skip("not run from the environment that make set up")
+    words = shlex.split(line)
+    variables = [w.replace("my-", f"{folder}/my-") for w in words[2:]]
+    out = folder / "bundles" / ("own" if variables else "demo")
+    done = subprocess.run(
+        ["make", "export", *variables, f"OUT={out}"],
+        cwd=ROOT,
+        env={**os.environ, "DEPLOY_PRUNE_CACHE": str(folder / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Installing" not in done.stdout, "set-up is done once"
+    assert (out / "report.html").is_file()
+    assert str(out) in done.stdout
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_python(code: str, folder: Path) -> None:
+    if not (folder / "bundles" / "mine").exists():
+        os.chdir(folder)
+        assert invoke(shlex.split(next(b for b in BASH if "--out bundles/mine" in b))[1:]) == 0
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
