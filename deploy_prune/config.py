@@ -44,7 +44,9 @@ class Recipe(BaseModel):
         default=None, ge=1, description="Budget's length in tokens (default: mean of the samples)."
     )
     min_heads: int = _field(1, "Heads that every layer keeps at least.", ge=0)
-    min_neurons: int | None = _field(None, "Neurons that every layer keeps at least (default: a sixteenth).", ge=0)
+    min_neurons: int | None = _field(
+        None, "Neurons kept at least in every layer (default: a sixteenth with the refit, else 1).", ge=0
+    )
 
     samples: int = _field(2048, "Training rows to calibrate on, drawn without replacement.")
     seed: int = _field(0, "Seed of the draw.", ge=0)
@@ -53,8 +55,8 @@ class Recipe(BaseModel):
         default="fp32", description="Precision of calibration's forward."
     )
     criterion: str = _field("fisher", "How units are scored.")
-    rearrange: Literal["sample", "batch", "none"] = Field(
-        default="sample", description="Rearrange by the Fisher of samples, of mini-batches (the paper's code), or not."
+    rearrange: Literal["auto", "sample", "batch", "none"] = _field(
+        "auto", "By the Fisher of samples, of mini-batches (the paper's code), or not; auto: not before the refit."
     )
     compensate: str = _field("refit", "refit, mask-tuning, mask-tuning-exact or none.")
     min_agreement: float | None = Field(

@@ -10,10 +10,6 @@ from .costs import Budget, encoder_flops, unit_flops
 from .errors import InfeasibleBudgetError, UnsupportedModelError
 from .units import MaskSet, UnitGroup
 
-# Each layer keeps at least a sixteenth of its neurons unless told otherwise: Fisher scores one neuron at
-# a time and would empty the last layers, which no compensation makes up for (docs/results.md).
-MIN_NEURON_SHARE = 1 / 16
-
 Scores = Mapping[str, np.ndarray]  # group name -> importance of each unit (units,)
 
 
@@ -23,20 +19,17 @@ def search_flops(
     budget: Budget,
     *,
     min_heads: int = 1,
-    min_neurons: int | None = None,
+    min_neurons: int = 1,
 ) -> MaskSet:
     """Return the 0/1 masks that keep the most importance within the FLOPs budget.
 
     For every number of heads, the rest of the budget goes to neurons, the most important first; the
     pair with the largest kept importance wins, ties by the fewer heads and the lower index. Each
-    layer keeps at least `min_heads` and `min_neurons` (None: a sixteenth of its neurons; 0 allows a
-    whole sub-layer to go).
+    layer keeps at least `min_heads` and `min_neurons` (0 allows a whole sub-layer to go).
 
     Raises InfeasibleBudgetError, with the smallest reachable share, when the minimum exceeds it.
     Source: Kwon et al. 2022, section 3.2, algorithm 1.
     """
-    if min_neurons is None:
-        min_neurons = max(1, round(MIN_NEURON_SHARE * max(g.size for g in groups if g.kind == "neuron")))
     heads = [g for g in groups if g.kind == "head"]
     neurons = [g for g in groups if g.kind == "neuron"]
     head_cost, neuron_cost = (_uniform_cost(part, budget.seq_len) for part in (heads, neurons))

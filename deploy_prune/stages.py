@@ -28,21 +28,39 @@ from .slicing import slice_model
 from .tasks.base import Row
 from .units import GroupPlan, MaskSet, SlicePlan, UnitGroup
 
+REFIT_NEURON_SHARE = 1 / 16  # of a layer's neurons, kept at least when the refit follows
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Options:
-    """Choose how to prune; the defaults are the recommended ones."""
+    """Choose how to prune; the defaults are the recommended ones.
+
+    Left open, `rearrange` and `min_neurons` follow the compensation: with the refit, no rearrangement and
+    at least a sixteenth of each layer's neurons; otherwise the paper's own, "sample" and 1. Measured in
+    docs/results.md: rearranging picks units for a model that is not compensated, and diagonal Fisher
+    empties the last layers, which no refit makes up for.
+    """
 
     criterion: str = "fisher"
-    rearrange: Literal["sample", "batch", "none"] = "sample"
+    rearrange: Literal["auto", "sample", "batch", "none"] = "auto"
     compensate: str = "refit"
     label_free: bool = False
     min_heads: int = 1
-    min_neurons: int | None = None  # a sixteenth
+    min_neurons: int | None = None
     seed: int = 0
     forward_dtype: str = "fp32"
+
+    def resolved(self, groups: Sequence[UnitGroup]) -> Options:
+        """Return the options with nothing left open."""
+        refit = self.compensate == "refit"
+        widest = max(g.size for g in groups if g.kind == "neuron")
+        least = max(1, round(REFIT_NEURON_SHARE * widest)) if refit else 1
+        return replace(
+            self,
+            rearrange=("none" if refit else "sample") if self.rearrange == "auto" else self.rearrange,
+            min_neurons=least if self.min_neurons is None else self.min_neurons,
+        )
 
 
 @dataclass
@@ -79,6 +97,7 @@ def prune_rows(
     """
     options, reporter = options or Options(), reporter or Silent()
     groups = check_config(model.config).groups(model)
+    asked, options = options, options.resolved(groups)
     recorder = Recorder(next(model.parameters()).device)
 
     with recorder.stage("calibrate") as record, reporter.stage("calibrate") as progress:
@@ -113,11 +132,16 @@ def prune_rows(
         total = sum(float(s.sum()) for s in scores.values())
         record |= {
             "criterion": options.criterion,
+            "min_heads": options.min_heads,
+            "min_neurons": options.min_neurons,
             "kept_importance": kept / total if total > 0 else 1.0,
             "kept_flops": encoder_flops(groups, budget.seq_len, plan) / encoder_flops(groups, budget.seq_len),
         }
 
-    if options.rearrange != "none":
+    if options.rearrange == "none":
+        why = "off by default before the refit" if asked.rearrange == "auto" else "switched off"
+        recorder.skip("rearrange", why)
+    else:
         with recorder.stage("rearrange") as record, reporter.stage("rearrange"):
             masks, objectives = rearrange(groups, masks, _gradients(stats, options))
             plan = SlicePlan.from_masks(groups, masks)
@@ -128,7 +152,9 @@ def prune_rows(
             }
 
     result = PrunedPlan(plan, groups, budget, stages=recorder.records)
-    if options.compensate != "none":
+    if options.compensate == "none":
+        recorder.skip("compensate", "switched off")
+    else:
         with recorder.stage("compensate") as record, reporter.stage("compensate") as progress:
             solver = get_solver(options.compensate)
             teacher = _teacher(model, groups, scores, stats, budget, options, solver)
@@ -151,7 +177,8 @@ def prune_rows(
 def _search(groups: Sequence[UnitGroup], scores: Scores, budget: Budget, options: Options) -> MaskSet:
     if budget.keep >= 1.0:
         return MaskSet.ones(groups)
-    return search_flops(groups, scores, budget, min_heads=options.min_heads, min_neurons=options.min_neurons)
+    least = 1 if options.min_neurons is None else options.min_neurons
+    return search_flops(groups, scores, budget, min_heads=options.min_heads, min_neurons=least)
 
 
 def _gradients(stats: CalibrationStats, options: Options) -> dict[str, torch.Tensor]:
@@ -213,6 +240,10 @@ class Recorder:
             record["device_peak_bytes"] = int(torch.cuda.max_memory_allocated(self.device))
         record["seconds"] = round(time.perf_counter() - started, 3)
         self.records.append(record)
+
+    def skip(self, name: str, reason: str) -> None:
+        """Record that a stage did not run, and why."""
+        self.records.append({"name": name, "seconds": 0.0, "skipped": reason})
 
 
 def resolve_device(name: str) -> torch.device:

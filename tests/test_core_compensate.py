@@ -198,16 +198,43 @@ def test_whole_plan_is_left_nearly_alone() -> None:
     assert max(np.abs(a["logits"] - b["logits"]).max() for a, b in zip(dense, refitted, strict=True)) < 1e-3
 
 
-def test_same_seed_same_hash_and_stages() -> None:
-    model, rows = tiny_model("roberta"), tiny_rows(96)
-    head = Head("classification")
+def test_same_seed_same_hash() -> None:
+    model, rows, head = tiny_model("roberta"), tiny_rows(96), Head("classification")
     first, second = (prune_rows(model, head, rows, 0.5, pad_id=1) for _ in range(2))
     assert first.hash == second.hash
-    assert [s["name"] for s in first.stages] == ["calibrate", "search", "rearrange", "compensate"]
-    bare = prune_rows(model, head, rows, 0.5, options=Options(rearrange="none", compensate="none"))
-    assert [s["name"] for s in bare.stages] == ["calibrate", "search"]
     scores = fisher(calibrate(model, first.groups, head, rows, pad_id=1))
     assert set(scores) == {g.name for g in first.groups}
+
+
+@pytest.mark.parametrize(
+    ("options", "skipped", "least"),
+    [
+        (Options(), {"rearrange"}, 4),
+        (Options(compensate="mask-tuning"), set(), 1),
+        (Options(rearrange="batch"), set(), 4),
+        (Options(compensate="none", rearrange="none", min_neurons=2), {"rearrange", "compensate"}, 2),
+    ],
+)
+def test_every_stage_is_recorded_as_run_or_skipped(options: Options, skipped: set[str], least: int) -> None:
+    model = tiny_model("bert", intermediate_size=64)
+    stages = prune_rows(model, Head("classification"), tiny_rows(64), 0.5, options=options).stages
+    assert [s["name"] for s in stages] == ["calibrate", "search", "rearrange", "compensate"]
+    assert {s["name"] for s in stages if "skipped" in s} == skipped
+    assert stages[1]["min_neurons"] == least
+
+
+def test_last_layers_are_not_emptied_before_a_refit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All the importance in one layer: the others still keep a sixteenth of their neurons."""
+
+    def first_layer_only(stats: Any) -> dict[str, np.ndarray]:
+        return {name: np.full(g.shape[1], 1.0 if "L00" in name else 1e-9) for name, g in stats.gradients.items()}
+
+    monkeypatch.setattr("deploy_prune.stages.get_criterion", lambda name: first_layer_only)
+    model, head, rows = tiny_model("bert", intermediate_size=64), Head("classification"), tiny_rows(64)
+    kept = prune_rows(model, head, rows, 0.3).plan.layer_counts()
+    assert all(layer["neurons"] >= 4 for layer in kept)
+    bare = prune_rows(model, head, rows, 0.3, options=Options(compensate="none")).plan.layer_counts()
+    assert bare[2]["neurons"] < 4
 
 
 def test_unknown_compensation_lists_the_known() -> None:

@@ -35,7 +35,7 @@ def accept_all(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pruning_stays_on_the_device(family: str, kind: Any) -> None:
     head = Head(kind)
     rows = tiny_rows(40, kind)
-    model = tiny_model(family, kind)
+    model = tiny_model(family, kind, attn_implementation="eager")
     with fake_cuda():
         on_cuda(model)
         groups = arch_of(model).groups(model)
@@ -62,7 +62,7 @@ def test_pruning_stays_on_the_device(family: str, kind: Any) -> None:
 
 
 def test_the_fake_device_catches_a_tensor_left_behind() -> None:
-    model = tiny_model("bert")
+    model = tiny_model("bert", attn_implementation="eager")
     with fake_cuda():
         on_cuda(model)
         with pytest.raises(Exception, match="device"):

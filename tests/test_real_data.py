@@ -1,0 +1,146 @@
+"""On a really fine-tuned model and real files, where DEPLOY_PRUNE_DATA names them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers
+from models_tiny import tiny_model
+
+from deploy_prune.archs import check_config
+from deploy_prune.batches import Batches
+from deploy_prune.bundle import Bundle
+from deploy_prune.calibration import calibrate, sample_indices
+from deploy_prune.checkpoint import load_dense, load_variant
+from deploy_prune.compensate import MaskTuning, Refit, sweep
+from deploy_prune.config import load_recipe
+from deploy_prune.costs import Budget
+from deploy_prune.criteria import fisher
+from deploy_prune.fidelity import fidelity
+from deploy_prune.heads import Head
+from deploy_prune.pipeline import run
+from deploy_prune.predict import predict
+from deploy_prune.rearrange import rearrange
+from deploy_prune.runtime_bench.flops import count_onnx
+from deploy_prune.search import search_flops
+from deploy_prune.slicing import slice_model
+from deploy_prune.stages import Options
+from deploy_prune.tasks import load_task
+from deploy_prune.units import SlicePlan
+
+ROOT = Path(os.environ.get("DEPLOY_PRUNE_DATA", ""))
+pytestmark = [
+    pytest.mark.data,
+    pytest.mark.skipif(not os.environ.get("DEPLOY_PRUNE_DATA"), reason="DEPLOY_PRUNE_DATA is not set"),
+]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return run(
+        load_recipe(
+            model=str(ROOT / "checkpoints" / "minilm-sst2"),
+            task="sst2",
+            data=str(ROOT / "data" / "glue" / "SST-2"),
+            samples=512,
+            out=str(tmp_path_factory.mktemp("sst2") / "b"),
+        ),
+        bench=False,
+    )
+
+
+def test_half_of_sst2_is_sliced_exactly(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    counts = manifest.counts
+    assert counts["sliced"]["encoder_flops"] <= 0.5 * counts["dense"]["encoder_flops"]
+    assert counts["sliced"]["encoder_flops"] >= 0.499 * counts["dense"]["encoder_flops"]
+    assert manifest.fidelity["sliced_to_virtual"]["max_abs"] <= 1e-5
+    assert manifest.fidelity["sliced_to_virtual"]["agreement"] == 1.0
+    assert manifest.quality["dense"]["n"] == 872
+    assert manifest.quality["dense"]["value"] == pytest.approx(0.893, abs=0.003)
+    assert manifest.quality["sliced"]["value"] > 0.86
+    assert manifest.quality["sliced"] == manifest.quality["virtual"]
+
+
+def test_flops_of_the_exported_graphs(bundle: Bundle) -> None:
+    for artifact in bundle.manifest.artifacts:
+        path = bundle.path(artifact.path)
+        names = [i.name for i in onnx.load(path, load_external_data=False).graph.input]
+        shapes = {name: (1, int(bundle.manifest.budget["seq_len"])) for name in names}
+        assert count_onnx(path, shapes) == bundle.manifest.counts[artifact.variant]["flops"]
+
+
+def test_checkpoint_in_fp16_computes_in_fp32(bundle: Bundle) -> None:
+    dense = load_variant(bundle, "dense")
+    assert {p.dtype for p in dense.parameters()} == {torch.float32}
+    assert bundle.manifest.counts["dense"]["weight_bytes"] == 4 * bundle.manifest.counts["dense"]["params"]
+
+
+def test_refit_is_five_times_closer_than_mask_tuning() -> None:
+    """Both as they run by default: the paper's three stages against search with a floor and refit."""
+    dense = load_dense(str(ROOT / "checkpoints" / "minilm-sst2"), "classification")
+    task = load_task(
+        "sst2",
+        tokenizer=dense.tokenizer,
+        config=dense.model.config,
+        data=ROOT / "data" / "glue" / "SST-2",
+    )
+    model, head, keep = dense.model, Head("classification"), 0.5
+    groups = check_config(model.config).groups(model)
+    rows = task.train.encode(sample_indices(len(task.train), 2048, 0))
+    stats = calibrate(model, groups, head, rows)
+    scores, batches = fisher(stats), Batches(rows, head, 0)
+    length = int(np.ceil(stats.mean_length))
+    evaluation = task.evaluation.rows()
+    expected = predict(model, head, evaluation)
+
+    def plan(share: float, moved: bool) -> SlicePlan:
+        least = 1 if moved else Options().resolved(groups).min_neurons
+        masks = search_flops(groups, scores, Budget(share, length), min_neurons=least or 1)
+        return SlicePlan.from_masks(groups, rearrange(groups, masks, stats.gradients)[0] if moved else masks)
+
+    def distance(moved: bool, teacher: Any, solver: Any) -> float:
+        student = slice_model(model, groups, plan(keep, moved))
+        sweep(student, teacher, groups, plan(keep, moved), head, batches, solver)
+        kl = fidelity("classification", expected, predict(student, head, evaluation))["kl"]
+        assert kl is not None
+        return kl
+
+    tuned = distance(True, slice_model(model, groups, plan(keep**0.5, True)), MaskTuning())
+    refitted = distance(False, model, Refit())
+    assert refitted <= tuned / 5
+
+
+MECHANICS = {
+    "stsb": ("regression", "data/glue/STS-B", {"num_labels": 1}),
+    "mrpc": ("classification", "data/glue/MRPC", {"num_labels": 2}),
+    "squad": ("qa", "data/squad", {}),
+}
+
+
+@pytest.mark.parametrize("task", MECHANICS)
+def test_other_tasks_run_on_real_files(task: str, tmp_path: Path) -> None:
+    head, data, changes = MECHANICS[task]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "checkpoints" / "minilm-sst2")
+    model = tiny_model("bert", head, vocab_size=len(tokenizer), max_position_embeddings=512, **changes)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    made = run(
+        load_recipe(
+            model=str(tmp_path / "model"),
+            task=task,
+            data=str(ROOT / data),
+            samples=64,
+            out=str(tmp_path / "b"),
+        ),
+        export=False,
+        bench=False,
+    )
+    assert made.manifest.quality["sliced"]["n"] >= 400
+    assert made.manifest.fidelity["sliced_to_virtual"]["max_abs"] <= 1e-4
