@@ -52,7 +52,7 @@ def print_bundle(bundle: Bundle) -> None:
     for stage in manifest.stages:
         values = stage.model_dump()
         declined = values.get("declined") or []
-        notes = [f"{k} {v}" for k, v in values.items() if k in ("samples", "method", "criterion", "fisher_granularity")]
+        notes = [f"{k} {v}" for k, v in values.items() if k in ("samples", "method", "criterion", "skipped")]
         notes += [f"declined {d['group']}: {d['reason']}" for d in declined]
         stages.add_row(stage.name, f"{stage.seconds:.1f}", ", ".join(notes))
     out.print(stages)

@@ -16,7 +16,7 @@ from torch import nn
 
 from . import __version__
 from .archs import arch_of
-from .bundle import VARIANTS, Bundle, Stage, disk_errors, publish, staging, write_atomically
+from .bundle import VARIANTS, Artifact, Bundle, Stage, disk_errors, publish, staging, write_atomically
 from .calibration import sample_indices
 from .checkpoint import Dense, input_names, load_config, load_dense, save_sliced
 from .config import MIN_SAMPLES, Recipe
@@ -45,6 +45,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
     device = resolve_device(recipe.device)
     source, task_name, data_path = _resolve(recipe, reporter)
     destination = recipe.destination(task_name)
+    recipe = recipe.model_copy(update={"task": task_name, "data": data_path, "out": str(destination)})
     with staging(destination) as bundle:
         head_kind = task_head(task_name)
         dense = load_dense(source, head_kind)
@@ -167,6 +168,7 @@ def _finish(
                 bundle, formats=recipe.formats, precisions=recipe.precisions, models=models, progress=step
             )
             record["artifacts"] = len(made)
+            _check_graphs(bundle, made)
         _commit(bundle, recorder)
     if export and bench:
         with recorder.stage("bench") as record, reporter.stage("bench") as progress:
@@ -183,6 +185,19 @@ def _finish(
     _commit(bundle, recorder)
     write_report(bundle)
     bundle.commit()
+
+
+def _check_graphs(bundle: Bundle, artifacts: Sequence[Artifact]) -> None:
+    """Count the FLOPs of every exported graph node by node; they must be those of the plan."""
+    from .runtime_bench.flops import count_onnx
+
+    shape = (1, int(bundle.manifest.budget["seq_len"]))
+    for artifact in artifacts:
+        if artifact.format == "onnx":
+            counted = count_onnx(bundle.path(artifact.path), dict.fromkeys(bundle.manifest.model["inputs"], shape))
+            expected = bundle.manifest.counts[artifact.variant]["flops"]
+            if counted != expected:
+                raise RuntimeError(f"{artifact.path} has {counted} FLOPs, its model {expected}")
 
 
 class Steps:
@@ -203,7 +218,9 @@ def _resolve(recipe: Recipe, reporter: Reporter) -> tuple[str, str, str | None]:
 
         with reporter.paused():
             paths = prepare_demo()
-        return str(paths.model), recipe.task or "text-classification", recipe.data or str(paths.data)
+        demo_task = recipe.task or "text-classification"
+        check_task(demo_task, load_config(str(paths.model)))
+        return str(paths.model), demo_task, recipe.data or str(paths.data)
     source = str(Path(recipe.model).resolve()) if Path(recipe.model).is_dir() else recipe.model
     config = load_config(source)
     task = recipe.task
