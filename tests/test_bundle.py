@@ -39,9 +39,14 @@ def test_a_second_run_replaces_the_whole(tmp_path: Path) -> None:
 
 def test_a_failed_run_leaves_the_old_bundle(tmp_path: Path) -> None:
     make(tmp_path / "b")
-    with pytest.raises(RuntimeError, match="halfway"), staging(tmp_path / "b") as bundle:
-        (bundle.root / "sliced.txt").write_text("half")
-        raise RuntimeError("halfway")
+
+    def fail() -> None:
+        with staging(tmp_path / "b") as bundle:
+            (bundle.root / "sliced.txt").write_text("half")
+            raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        fail()
     assert Bundle.open(tmp_path / "b").path("sliced/weights.txt").read_text() == "one"
     assert [p.name for p in tmp_path.iterdir() if p.name != ".b.lock"] == ["b"]
 

@@ -10,7 +10,13 @@ import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+
+from deploy_prune.bundle import Bundle, write_atomically
+from deploy_prune.runtime_bench.bench import latest_bench
+from deploy_prune.runtime_bench.report import summary_rows
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 METHODS = (
@@ -40,7 +46,7 @@ def table(path: Path) -> str:
         f"{document['model']}, {document['task']}: dense {metric} {dense:.4f} on {document['evaluated']['rows']} rows;"
         f" {first['samples']} calibration samples, budget at {first['seq_len']} tokens,"
         f" seeds {sorted({r['seed'] for part in cells.values() for r in part})};"
-        f" {machine.get('cpu_model', machine.get('cpu'))}, {machine['threads']} threads.",
+        f" {machine['cpu']}, {machine['threads']} threads.",
         "",
         "| keep | method | " + " | ".join(metric if c == "metric" else c for c in columns) + " |",
         "|---|---|" + "---|" * len(columns),
@@ -60,19 +66,63 @@ def _cell(rows: list[dict[str, Any]], column: str) -> str:
     return f"{mean(values):.{digits}f}{spread}"
 
 
-def main() -> None:
+def demo_table(path: Path) -> str:
+    """Return the closing table of a run, from its summary."""
+    document = json.loads(path.read_text("utf-8"))
+    rows, machine = document["summary"], document["machine"]
+    lines = [
+        f"Budget at {document['seq_len']} tokens; {machine['cpu']},"
+        f" {machine['threads']} threads, load {machine['load_1min']:.1f}.",
+        "",
+        "| | " + " | ".join(r["variant"] for r in rows) + " |",
+        "|---|" + "---|" * len(rows),
+    ]
+
+    def line(name: str, cells: list[str]) -> None:
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+
+    for key in ("flops", "encoder_flops", "params", "weight_bytes"):
+        line(key, [f"{r[key]:,}" for r in rows])
+    for number, speed in enumerate(rows[0]["runtimes"]):
+        where = f"{speed['runtime']} {speed['batch']}x{speed['seq']}"
+        speeds = [r["runtimes"][number] for r in rows]
+        line(f"{where}, median ms", [f"{s['median_ms']:.2f}" for s in speeds])
+        ratios = [s["ratio"] for s in speeds]
+        line(f"{where}, ratio to dense", [f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" for r in ratios])
+        line(f"{where}, peak RSS MB", [f"{s['peak_rss_bytes'] / 1e6:.0f}" for s in speeds])
+    line(f"{rows[0]['metric']} (n={rows[0]['n']})", [f"{r['value']:.4f}" for r in rows])
+    for key in ("agreement", "kl"):
+        line(key, ["-" if r[key] is None else f"{r[key]:.4f}" for r in rows])
+    return "\n".join(lines)
+
+
+def keep_summary(folder: Path) -> None:
+    """Store a bundle's summary and machine as docs/results/demo.json."""
+    bundle = Bundle.open(folder)
+    bench = latest_bench(bundle)
+    document = {
+        "seq_len": bundle.manifest.budget["seq_len"],
+        "machine": bench["machine"],
+        "stages": [{"name": s.name, "seconds": s.seconds} for s in bundle.manifest.stages],
+        "summary": summary_rows(bundle),
+    }
+    write_atomically(DOCS / "results" / "demo.json", json.dumps(document, indent=1) + "\n")
+
+
+def main(demo: Annotated[Path | None, typer.Option(help="Bundle to take the demo's figures from.")] = None) -> None:
     """Rewrite the tables in place."""
+    if demo:
+        keep_summary(demo)
     path = DOCS / "results.md"
     text = path.read_text("utf-8")
     for source in sorted((DOCS / "results").glob("*.json")):
-        if "rows" not in json.loads(source.read_text("utf-8")):
-            continue
         begin, end = f"<!-- {source.stem} -->", f"<!-- /{source.stem} -->"
         if begin not in text:
             raise SystemExit(f"{path} has no place for {source.name}: add {begin} and {end}")
-        text = re.sub(f"{begin}.*?{end}", lambda _, b=begin, e=end, s=source: f"{b}\n{table(s)}\n{e}", text, flags=re.S)
+        made = demo_table(source) if source.stem == "demo" else table(source)
+        text = re.sub(f"{begin}.*?{end}", lambda _, whole=f"{begin}\n{made}\n{end}": whole, text, flags=re.S)
     path.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
