@@ -39,7 +39,7 @@ class Experiment:
 EXPERIMENTS = {
     "stsb": Experiment("stsb", "regression", ("score",), 64, Recipe(2, 16, 5e-5)),
     "mrpc": Experiment("mrpc", "classification", ("not_equivalent", "equivalent"), 80, Recipe(4, 16, 1e-4)),
-    "squad": Experiment("squad", "qa", (), 256, Recipe(3, 16, 2e-4)),
+    "squad": Experiment("squad", "qa", (), 256, Recipe(1, 16, 2e-4)),
     "truecase": Experiment("token-classification", "token", TAGS, 64, Recipe(2, 16, 2e-4)),
 }
 
