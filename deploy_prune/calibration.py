@@ -64,7 +64,8 @@ def calibrate(
     gradients = {g.name: torch.zeros(len(rows), g.size, device=device) for g in groups}
     tokens = torch.zeros((), dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    for p in model.parameters():
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for p in trainable:  # gradients flow to the masks alone
         p.requires_grad_(False)
     for number, batch in enumerate(batches):
         batch = batch.to(device)
@@ -95,6 +96,8 @@ def calibrate(
         loss_sum += loss.detach().double().sum()
         tokens += batch.inputs["attention_mask"].sum()
         progress((number + 1) / len(batches))
+    for p in trainable:
+        p.requires_grad_(True)
     return CalibrationStats(
         gradients=gradients,
         tokens=tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -212,7 +211,7 @@ def _loading(source: str) -> Iterator[None]:
     except OSError as error:
         lines = str(error).strip().splitlines()
         text = lines[0] if lines else type(error).__name__
-        if looks_local or shutil.disk_usage("/").free < 1 << 20:
+        if looks_local:
             raise InputError(f"Could not load {source}: {text}", hint="Is the folder complete?") from error
         raise SystemStateError(
             f"Could not get {source} from the hub: {text}",

@@ -136,7 +136,7 @@ def slice_command(
         list[Path],
         typer.Option(help="safetensors, npz, or head_mask.pt and neuron_mask.pt (both, or their folder)."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the bundle.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the bundle (default: bundles/MODEL-masks).")] = None,
     task: Annotated[str | None, typer.Option(help="Task, to measure quality with --data.")] = None,
     data: Annotated[str | None, typer.Option(help="File or folder with the task's data.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Length at which FLOPs are counted (default: 128).")] = None,
@@ -151,7 +151,8 @@ def slice_command(
     from .pipeline import slice_given
 
     with screen.Bars() as bars:
-        bundle = slice_given(model, masks, out, task=task, data=data, seq_len=seq_len, reporter=bars)
+        destination = out or Path("bundles") / f"{Path(model).name}-masks"
+        bundle = slice_given(model, masks, destination, task=task, data=data, seq_len=seq_len, reporter=bars)
     _finish(bundle, as_json)
 
 

@@ -172,6 +172,8 @@ def _inside(get: Callable[[dict[str, Any]], dict[str, Any] | None], key: str) ->
 
 def _declined(stage: dict[str, Any]) -> str:
     """Return a stage's declined groups with their reasons, or why it did not run at all."""
+    if stage.get("skipped"):
+        return f"skipped: {stage['skipped']}"
     entries = stage.get("declined") or []
     return "; ".join(f"{e['group']}: {e['reason']}" for e in entries) or "none"
 

@@ -114,3 +114,13 @@ def test_unknown_criterion_lists_the_known() -> None:
     with pytest.raises(InputError, match="psychic") as caught:
         get_criterion("psychic")
     assert "fisher" in caught.value.hint
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny_model("bert")
+    frozen = next(model.parameters()).requires_grad_(False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    calibrate(model, arch_of(model).groups(model), Head("classification"), tiny_rows(32))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == [p is not frozen for p in model.parameters()]
+    assert not any(m._forward_pre_hooks for m in model.modules())
