@@ -74,7 +74,7 @@ class Ablation:
         self.results.append(row)
         console.print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
 
-    def run(self, keeps: list[float], seed: int, first: bool) -> None:
+    def run(self, keeps: list[float], seed: int, first: bool, methods: list[str]) -> None:
         """Calibrate once, then measure every stage at every budget."""
         rows = self.data.train.encode(sample_indices(len(self.data.train), self.samples, seed))
         started = time.perf_counter()
@@ -101,6 +101,7 @@ class Ablation:
             if first:
                 trials.append(("floor: +rearrange, mask tuning", floor, True, MaskTuning()))
                 trials.append(("floor: +rearrange, refit", floor, True, Refit()))
+            trials = [t for t in trials if not methods or t[0] in methods]
             for method, least, moved, solver in trials:
                 started = time.perf_counter()
                 chosen = plan(keep, least, moved)
@@ -123,6 +124,14 @@ def _list(kind: Callable[[str], Any], text: str) -> list[Any]:
     return [kind(part) for part in text.split(",")]
 
 
+def _merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["method"], row["keep"], row["seed"]
+
+    measured = {key(row) for row in new}
+    return [row for row in old if key(row) not in measured] + new
+
+
 def main(
     model: str,
     task: Annotated[str, typer.Option()],
@@ -132,19 +141,24 @@ def main(
     seeds: str = "0",
     samples: int = 2048,
     device: str = "auto",
+    methods: Annotated[str, typer.Option(help="Measure these rows alone, separated by semicolons.")] = "",
 ) -> None:
-    """Write one JSON file with the machine and a row per method, budget and seed."""
+    """Write one JSON file with the machine and a row per method, budget and seed.
+
+    Rows that OUT holds already are kept, unless they are measured anew.
+    """
     ablation = Ablation(model, task, data, samples, device)
     out.parent.mkdir(parents=True, exist_ok=True)
+    old = json.loads(out.read_text("utf-8"))["rows"] if out.exists() else []
     for seed in _list(int, seeds):
-        ablation.run(_list(float, keep), seed, first=seed == 0)
+        ablation.run(_list(float, keep), seed, first=seed == 0, methods=methods.split(";") if methods else [])
         document = {
             "model": Path(model).name,
             "task": task,
             "metric": ablation.data.metric,
             "evaluated": {"split": ablation.split.name, "rows": len(ablation.split)},
             "machine": describe_machine(default_threads()),
-            "rows": ablation.results,
+            "rows": _merged(old, ablation.results),
         }
         write_atomically(out, json.dumps(document, indent=1) + "\n")
 
