@@ -216,8 +216,7 @@ def _resolve(recipe: Recipe, reporter: Reporter) -> tuple[str, str, str | None]:
     if recipe.model == "demo":
         from .demo import prepare_demo
 
-        with reporter.paused():
-            paths = prepare_demo()
+        paths = prepare_demo(reporter)
         demo_task = recipe.task or "text-classification"
         check_task(demo_task, load_config(str(paths.model)))
         return str(paths.model), demo_task, recipe.data or str(paths.data)

@@ -20,10 +20,6 @@ class Reporter(Protocol):
         """Show one line."""
         ...
 
-    def paused(self) -> AbstractContextManager[None]:
-        """Leave the screen to something that draws its own progress."""
-        ...
-
 
 class Silent:
     """Report nothing."""
@@ -34,7 +30,3 @@ class Silent:
 
     def note(self, text: str) -> None:
         pass
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        yield

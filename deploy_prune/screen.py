@@ -51,12 +51,6 @@ class Bars:
     def note(self, text: str) -> None:
         self.progress.console.print(escape(text))
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self.progress.stop()
-        yield
-        self.progress.start()
-
 
 def print_json(value: Any) -> None:
     """Print one JSON document to standard output."""

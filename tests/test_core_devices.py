@@ -66,7 +66,7 @@ def test_the_fake_device_catches_a_tensor_left_behind() -> None:
     with fake_cuda():
         on_cuda(model)
         with pytest.raises(Exception, match="device"):
-            model(input_ids=torch.ones(1, 4, dtype=torch.long))
+            model.get_input_embeddings()(torch.ones(1, 4, dtype=torch.long))
 
 
 def test_devices_are_resolved_or_refused() -> None:
