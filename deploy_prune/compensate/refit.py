@@ -17,11 +17,10 @@ class Refit:
     """Solve min over W, b of sum_t |W h_t + b - y_t|^2 + ridge · dbar · |W - W0|^2 by one Cholesky.
 
     h_t are the pruned model's kept inputs, y_t what the dense projection plus the difference of the
-    residual streams would give, dbar the mean diagonal of sum_t h_t h_t^T, W0 the dense columns. The
-    ridge matters little on rows like the calibration's, and helps where they differ (docs/results.md).
+    residual streams would give, dbar the mean diagonal of sum_t h_t h_t^T, W0 the dense columns.
     """
 
-    ridge: float = 0.05
+    ridge: float = 1e-3
     cls_only_last: bool = False
 
     def teacher_keep(self, keep: float) -> float:
