@@ -22,9 +22,14 @@ from .units import UnitGroup
 
 @dataclass
 class CalibrationStats:
-    """Hold the mask gradients of each group (N, units) fp32, rows in the order they were given."""
+    """Hold what the pass yields per group, rows in the order they were given.
+
+    `gradients` (N, units) fp32 are those of the masks. `saliency` (N, longest row) fp32 is, for every token,
+    the squared norm of the loss's gradient at the sub-layer's output; 0 on padding.
+    """
 
     gradients: dict[str, Tensor]
+    saliency: dict[str, Tensor]
     tokens: Tensor  # () unpadded tokens seen
     mean_length: float
     mean_loss: Tensor  # ()
@@ -62,6 +67,8 @@ def calibrate(
     device = next(model.parameters()).device
     batches = Batches(rows, head, pad_id)
     gradients = {g.name: torch.zeros(len(rows), g.size, device=device) for g in groups}
+    longest = max(r.length for r in rows)
+    saliency = {g.name: torch.zeros(len(rows), longest, device=device) for g in groups}
     tokens = torch.zeros((), dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -70,11 +77,14 @@ def calibrate(
     for number, batch in enumerate(batches):
         batch = batch.to(device)
         size = len(batch.index)
+        index = torch.tensor(batch.index, device=device)
         with ExitStack() as stack:
             masks = {g.name: torch.ones(size, g.size, device=device, requires_grad=True) for g in groups}
             for g in groups:
                 hook = _mask_hook(masks[g.name], g.width)
-                stack.callback(model.get_submodule(g.consumer).register_forward_pre_hook(hook).remove)
+                consumer = model.get_submodule(g.consumer)
+                stack.callback(consumer.register_forward_pre_hook(hook).remove)
+                stack.callback(consumer.register_forward_hook(_saliency_hook(saliency[g.name], index)).remove)
             stack.enter_context(torch.enable_grad())
             autocast = forward_dtype != torch.float32
             with torch.autocast(device.type, dtype=forward_dtype if autocast else None, enabled=autocast):
@@ -90,7 +100,6 @@ def calibrate(
                 labels = batch.labels
             loss = head.loss(outputs, labels, batch.inputs["attention_mask"])  # (B,)
             grads = torch.autograd.grad(loss.sum(), [masks[g.name] for g in groups])
-        index = torch.tensor(batch.index, device=device)
         for g, grad in zip(groups, grads, strict=True):
             gradients[g.name].index_copy_(0, index, grad.float())
         loss_sum += loss.detach().double().sum()
@@ -100,6 +109,7 @@ def calibrate(
         p.requires_grad_(True)
     return CalibrationStats(
         gradients=gradients,
+        saliency=saliency,
         tokens=tokens,
         mean_length=float(np.mean([r.length for r in rows])),
         mean_loss=loss_sum / len(rows),
@@ -139,5 +149,17 @@ def _mask_hook(mask: Tensor, width: int) -> Callable[..., tuple[Any, ...]]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]  # (B, T, units * width)
         return (x * columns.to(x.dtype)[:, None, :], *args[1:])
+
+    return hook
+
+
+def _saliency_hook(store: Tensor, index: Tensor) -> Callable[..., None]:
+    """Write |gradient|^2 of every token (B, T) into the rows `index` of the store when it comes by."""
+
+    def keep(grad: Tensor) -> None:
+        store[index, : grad.shape[1]] = grad.float().square().sum(-1)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        output.register_hook(keep)
 
     return hook

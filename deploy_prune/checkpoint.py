@@ -56,7 +56,7 @@ def load_dense(source: str, head: HeadKind) -> Dense:
     """
     load_config(source)
     auto = getattr(transformers, AUTO_CLASSES[head])
-    with _loading(source), _quiet():
+    with _loading(source), quiet_transformers():
         model, info = auto.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     missing = sorted(k for k in info["missing_keys"] if not (head == "embedding" and "pooler" in k))
@@ -222,8 +222,8 @@ def _loading(source: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' loading notes off the screen; warnings and errors stay."""
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own bars and warnings off the screen; errors stay."""
     logging = transformers.utils.logging
     level = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()

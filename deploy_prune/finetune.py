@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ import numpy as np
 import torch
 import transformers
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.utils import logging
 
 from .batches import Batches
+from .checkpoint import quiet_transformers
 from .heads import Head
 from .predict import predict
 from .progress import Progress
@@ -61,7 +60,7 @@ class Learner:
         if head == "regression":
             extra["problem_type"] = "regression"
         transformers.set_seed(seed)
-        with _quiet():  # it would warn of the new head, at length
+        with quiet_transformers():  # it would warn of the new head, at length
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             auto = getattr(transformers, AUTO_CLASSES[head])
             model = auto.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **extra)
@@ -107,7 +106,7 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """Save a stock transformers folder: config, safetensors, tokenizer."""
-        with _quiet():
+        with quiet_transformers():
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
@@ -135,20 +134,6 @@ def _by_length() -> dict[str, Any]:
     if "train_sampling_strategy" in names:
         return {"train_sampling_strategy": "group_by_length"}
     return {"group_by_length": True}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back transformers' own bars and warnings."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 class _Report(TrainerCallback):

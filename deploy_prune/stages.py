@@ -160,7 +160,7 @@ def prune_rows(
             teacher = _teacher(model, groups, scores, stats, budget, options, solver)
             student = slice_model(model, groups, plan)
             batches = Batches(rows, head, pad_id)
-            swept = sweep(student, teacher, groups, plan, head, batches, solver, progress)
+            swept = sweep(student, teacher, groups, plan, head, batches, solver, stats.saliency, progress)
             result.updates = swept.updates
             result.plan = with_scales(plan, swept.scales)
             result.sliced = student

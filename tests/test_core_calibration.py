@@ -10,6 +10,7 @@ from models_tiny import FAMILIES, tiny_model, tiny_rows
 from deploy_prune.archs import arch_of
 from deploy_prune.batches import Batches
 from deploy_prune.calibration import calibrate, check_finite, hash_rows, sample_indices
+from deploy_prune.compensate.layers import Taps
 from deploy_prune.criteria import fisher, fisher_batch, get_criterion
 from deploy_prune.errors import InputError
 from deploy_prune.heads import Head
@@ -40,6 +41,23 @@ def test_equals_autograd_one_sample_at_a_time(kind: HeadKind, family: str) -> No
             handle.remove()
         for g, grad in zip(groups, expected, strict=True):
             assert torch.allclose(found[g.name][index], grad, rtol=1e-4, atol=2e-6 * max(1.0, float(grad.abs().max())))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saliency_is_the_squared_gradient_at_every_token(family: str) -> None:
+    model = tiny_model(family).double()
+    groups, head, rows = arch_of(model).groups(model), Head("classification"), tiny_rows(12)
+    found = calibrate(model, groups, head, rows, pad_id=1).saliency
+    for index, row in enumerate(rows):
+        batch = Batches([row], head, 1).collate([0])
+        with Taps({g.name: model.get_submodule(g.consumer) for g in groups}) as taps:
+            outputs = {k: v.float() for k, v in head.outputs(model, batch.inputs).items()}
+        loss = head.loss(outputs, batch.labels, batch.inputs["attention_mask"]).sum()
+        seen = [taps.outputs[g.name] for g in groups]
+        for g, grad in zip(groups, torch.autograd.grad(loss, seen), strict=True):
+            expected = grad[0].square().sum(-1).float()
+            assert torch.allclose(found[g.name][index, : row.length], expected, rtol=1e-3, atol=1e-12)
+            assert not found[g.name][index, row.length :].any()
 
 
 def test_fisher_of_samples_and_of_batches() -> None:

@@ -12,9 +12,10 @@ from models_tiny import FAMILIES, padded_inputs, tiny_model, tiny_rows
 from scipy.sparse.linalg import lsmr
 
 from deploy_prune.archs import arch_of
-from deploy_prune.batches import Batches
+from deploy_prune.batches import Batch, Batches
 from deploy_prune.calibration import calibrate
 from deploy_prune.compensate import MaskTuning, Refit, get_solver, sweep
+from deploy_prune.compensate.layers import token_weights
 from deploy_prune.compensate.moments import Moments
 from deploy_prune.compensate.solution import Solution
 from deploy_prune.criteria import fisher
@@ -31,33 +32,41 @@ def group(width: int = 1) -> UnitGroup:
     return UnitGroup("L00.neurons", "neuron", 0, 6, width, 5, 1, ("fc1",), "fc2", "fc1")
 
 
-def problem(seed: int = 0, n: int = 6, d: int = 5) -> tuple[Any, ...]:
+def weighted_problem(seed: int = 0, n: int = 6, d: int = 5, weighted: bool = True) -> tuple[Any, ...]:
     g = torch.Generator().manual_seed(seed)
     h = torch.randn(3, 40, n, generator=g)
     y = torch.randn(3, 40, d, generator=g) + h @ torch.randn(n, d, generator=g)
-    weight = torch.ones(3, 40)
+    weight = 0.5 + torch.rand(3, 40, generator=g) if weighted else torch.ones(3, 40)
     weight[1, 25:] = 0
     moments = Moments(n, d, h.device)
     moments.add(h, y, weight)
     keep = weight.bool()
-    return h[keep].double(), y[keep].double(), torch.randn(d, n, generator=g), torch.randn(d, generator=g), moments
+    root = weight[keep].double().sqrt().unsqueeze(1)  # what a weighted fit does to its equations
+    equations = h[keep].double() * root, y[keep].double() * root
+    return *equations, torch.randn(d, n, generator=g), torch.randn(d, generator=g), moments, root
 
 
-def test_moments_are_those_of_the_unpadded_tokens() -> None:
-    h, y, w, b, moments = problem()
+def problem(seed: int = 0, n: int = 6, d: int = 5) -> tuple[Any, ...]:
+    return weighted_problem(seed, n, d, weighted=False)[:5]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_moments_are_those_of_the_unpadded_tokens(weighted: bool) -> None:
+    h, y, w, b, moments, root = weighted_problem(weighted=weighted)
     assert torch.allclose(moments.hh, h.T @ h, rtol=1e-5)
-    assert float(moments.count) == len(h)
-    error = ((h @ w.double().T + b.double() - y) ** 2).sum()
+    assert float(moments.count) == pytest.approx(float(root.square().sum()))
+    error = ((h @ w.double().T + root * b.double() - y) ** 2).sum()
     assert float(moments.residual(w, b)) == pytest.approx(float(error), rel=1e-5)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("ridge", [1e-6, 1e-3, 1.0])
-def test_refit_is_the_ridge_solution(ridge: float) -> None:
-    h, y, w0, b0, moments = problem()
+def test_refit_is_the_ridge_solution(ridge: float, weighted: bool) -> None:
+    h, y, w0, b0, moments, root = weighted_problem(weighted=weighted)
     found = Refit(ridge=ridge).solve(group(), w0, b0, moments)
     penalty = ridge * float((h**2).sum(0).mean())
     # rows of an augmented least-squares problem: data, then sqrt(penalty) (W - W0) = 0; the bias is free
-    a = np.block([[h.numpy(), np.ones((len(h), 1))], [np.sqrt(penalty) * np.eye(6), np.zeros((6, 1))]])
+    a = np.block([[h.numpy(), root.numpy()], [np.sqrt(penalty) * np.eye(6), np.zeros((6, 1))]])
     rhs = np.vstack([y.numpy(), np.sqrt(penalty) * w0.double().numpy().T])
     expected = np.linalg.lstsq(a, rhs, rcond=None)[0]
     assert found.weight.numpy() == pytest.approx(expected[:6].T, rel=1e-3, abs=1e-4)
@@ -114,6 +123,17 @@ def test_bad_solutions_are_declined_with_a_reason(change: dict[str, Any], reason
     good = {"weight": torch.ones(5, 6), "bias": torch.ones(5), "before": torch.tensor(2.0), "after": torch.tensor(1.0)}
     assert Solution(**good).decline_reason() is None
     assert reason in str(Solution(**(good | change)).decline_reason())
+
+
+def test_tokens_weigh_half_by_saliency_half_evenly() -> None:
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
+    batch = Batch({"attention_mask": mask}, None, [2, 0, 1])
+    saliency = torch.tensor([[0.0, 0.0, 9.0, 9.0, 9.0], [1e-30, 3e-30, 0.0, 0.0, 0.0], [3.0, 0.0, 0.0, 5.0, 0.0]])
+    found = token_weights(batch, False, 0.5, saliency)
+    expected = [[2.0, 0.5, 0.5, 0.0], [1.0, 1.0, 0.0, 0.0], [1.0, 2.0, 0.5, 0.5]]
+    assert torch.allclose(found, torch.tensor(expected))  # the second row has no gradient on its own tokens
+    assert torch.equal(token_weights(batch, False, 0.0, saliency), mask)
+    assert token_weights(batch, True, 0.5, saliency).tolist() == [[1, 0, 0, 0]] * 3
 
 
 def ragged_plan(model: Any) -> tuple[tuple[UnitGroup, ...], SlicePlan]:

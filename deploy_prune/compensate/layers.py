@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +52,14 @@ def sweep(
     head: Head,
     batches: Batches,
     solver: Solver,
+    saliency: Mapping[str, Tensor] | None = None,
     progress: Progress = lambda share: None,
 ) -> SweepResult:
     """Compensate a sliced student in place, sub-layer by sub-layer, towards the teacher.
 
     The target of a projection is the teacher's output plus its residual, less the student's residual:
-    y = (W_T h_T + b_T) + r_T - r_S, over unpadded tokens. A declined group keeps its weights and never
+    y = (W_T h_T + b_T) + r_T - r_S, over unpadded tokens. `saliency` (rows, longest) per group is the
+    calibration's; without it every token weighs the same. A declined group keeps its weights and never
     stops the others.
     """
     device = next(student.parameters()).device
@@ -83,6 +85,7 @@ def sweep(
                 targets[g.name].append(taps_out.outputs[g.name] + taps.inputs[g.residual])
         for position, g in enumerate(layer_groups):
             last = depth == len(paths) - 1 and position == len(layer_groups) - 1
+            salient = saliency[g.name] if saliency is not None else None
             moments = Moments(plan[g.name].count * g.width, g.hidden, device)
             for number, feed in enumerate(feeds):
                 batch = feed.to(device)
@@ -92,7 +95,7 @@ def sweep(
                 moments.add(
                     h[..., : plan[g.name].count * g.width],
                     targets[g.name][number] - residual,
-                    _token_weights(batch, cls_only),
+                    token_weights(batch, cls_only, solver.salient_share, salient),
                 )
             _solve(student, g, plan, moments, solver, result)
             targets[g.name].clear()
@@ -206,13 +209,24 @@ def _layer_inputs(model: nn.Module, first_layer: str, head: Head, batch: Batch) 
     raise RuntimeError(f"{first_layer} did not run")
 
 
-def _token_weights(batch: Batch, cls_only: bool) -> Tensor:
+def token_weights(batch: Batch, cls_only: bool, share: float, saliency: Tensor | None) -> Tensor:
+    """Return the weight of every token (B, T), whose mean over a row's unpadded tokens is 1.
+
+    A part `share` of a row's weight is dealt out by saliency, the rest evenly.
+    """
     mask = batch.inputs["attention_mask"]
-    if not cls_only:
+    if cls_only:
+        first = torch.zeros_like(mask)
+        first[:, 0] = 1
+        return first
+    if saliency is None or share == 0:
         return mask
-    first = torch.zeros_like(mask)
-    first[:, 0] = 1
-    return first
+    index = torch.tensor(batch.index, device=mask.device)
+    found = saliency[index, : mask.shape[1]] * mask
+    total = found.sum(1, keepdim=True)
+    even = mask / mask.sum(1, keepdim=True)
+    found = torch.where(total > 0, found / total.clamp(min=torch.finfo(found.dtype).tiny), even)
+    return mask.sum(1, keepdim=True) * ((1 - share) * even + share * found)
 
 
 def _first(output: Any) -> Tensor:

@@ -29,6 +29,7 @@ class MaskTuning:
 
     solver: Literal["lsmr", "exact"] = "lsmr"
     damp: float = 1.0
+    salient_share: float = 0.0
     cls_only_last: bool = True
 
     def teacher_keep(self, keep: float) -> float:

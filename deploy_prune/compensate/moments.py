@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 class Moments:
-    """Sum over tokens what a least-squares fit of y (d,) on h (n,) needs, in float64.
+    """Sum over tokens, each by its weight w, what a least-squares fit of y (d,) on h (n,) needs, in float64.
 
-    hh (n, n) = sum h h^T · yh (d, n) = sum y h^T · h (n,) · y (d,) · yy () = sum |y|^2 · count ().
+    hh (n, n) = sum w h h^T · yh (d, n) = sum w y h^T · h (n,) · y (d,) · yy () = sum w |y|^2 · count () = sum w.
     """
 
     def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
@@ -20,17 +20,16 @@ class Moments:
         self.h, self.y, self.yy, self.count = zeros(inputs), zeros(outputs), zeros(), zeros()
 
     def add(self, h: Tensor, y: Tensor, weight: Tensor) -> None:
-        """Add one batch: h (B, T, n), y (B, T, d), weight (B, T) 0 or 1.
+        """Add one batch: h (B, T, n), y (B, T, d), weight (B, T) >= 0, 0 on padding.
 
-        The products run in fp32; padded tokens are zeroed, so no shape depends on the data.
+        The products run in fp32, and no shape depends on the data.
         """
-        w = weight.reshape(-1, 1).to(h.dtype)
-        h = h.flatten(0, -2) * w
-        y = y.flatten(0, -2) * w
+        root = weight.reshape(-1, 1).to(h.dtype).sqrt()
+        h, y = h.flatten(0, -2) * root, y.flatten(0, -2) * root
         self.hh += (h.T @ h).double()
         self.yh += (y.T @ h).double()
-        self.h += h.double().sum(0)
-        self.y += y.double().sum(0)
+        self.h += (h * root).double().sum(0)
+        self.y += (y * root).double().sum(0)
         self.yy += y.double().square().sum()
         self.count += weight.double().sum()
 

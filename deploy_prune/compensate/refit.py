@@ -14,13 +14,15 @@ from .solution import Solution
 
 @dataclass(frozen=True)
 class Refit:
-    """Solve min over W, b of sum_t |W h_t + b - y_t|^2 + ridge · dbar · |W - W0|^2 by one Cholesky.
+    """Solve min over W, b of sum_t w_t |W h_t + b - y_t|^2 + ridge · dbar · |W - W0|^2 by one Cholesky.
 
     h_t are the pruned model's kept inputs, y_t what the dense projection plus the difference of the
-    residual streams would give, dbar the mean diagonal of sum_t h_t h_t^T, W0 the dense columns.
+    residual streams would give, dbar the mean diagonal of sum_t w_t h_t h_t^T, W0 the dense columns. Half of
+    a row's weight w_t is spread evenly over its tokens, half in proportion to the squared gradient there.
     """
 
     ridge: float = 1e-3
+    salient_share: float = 0.5
     cls_only_last: bool = False
 
     def teacher_keep(self, keep: float) -> float:

@@ -48,6 +48,11 @@ class Solver(Protocol):
         """Say whether a classifier's last FFN is fitted on its first token alone."""
         ...
 
+    @property
+    def salient_share(self) -> float:
+        """Say which part of a row's weight goes to its tokens by saliency, 0 to 1."""
+        ...
+
     def teacher_keep(self, keep: float) -> float:
         """Return the share of FLOPs that the teacher keeps, for a student that keeps `keep`."""
         ...

@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
+from .base import Row, Split
+from .spec import LoadRequest
 
 TEXT_LENGTH = 512
 QA_LENGTH = 384
+_CHUNK = 1000  # examples per call of the tokenizer
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # Positions of these models start after the padding index, so two of the table's rows are never used.
 _POSITION_OFFSET = {"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet"}
+
+
+class EncodedSplit(Split):
+    """Tokenise examples that give exactly one row each, in chunks; the whole split is tokenised once."""
+
+    def __init__(self, request: LoadRequest) -> None:
+        self._tokenizer = request.tokenizer
+        self._config = request.config
+        self._max_length = resolve_length(request.tokenizer, request.config, request.max_length)
+        self._rows: list[Row] | None = None
+
+    @abstractmethod
+    def _tokenize(self, indices: Sequence[int]) -> Any:
+        """Return the tokenizer's encoding of the named examples."""
+
+    @abstractmethod
+    def _label(self, encoding: Any, row: int, index: int) -> Any:
+        """Return the label of example `index`, which is row `row` of the encoding."""
+
+    def encode(self, indices: Sequence[int]) -> list[Row]:
+        rows: list[Row] = []
+        for start in range(0, len(indices), _CHUNK):
+            chunk = [int(i) for i in indices[start : start + _CHUNK]]
+            encoding = self._tokenize(chunk)
+            names = input_names(encoding, self._config)
+            rows += [Row(features(encoding, names, r), self._label(encoding, r, i)) for r, i in enumerate(chunk)]
+        return rows
+
+    def rows(self) -> list[Row]:
+        if self._rows is None:
+            self._rows = self.encode(range(len(self)))
+        return self._rows
 
 
 def resolve_length(tokenizer: Any, config: Any, requested: int | None, default: int = TEXT_LENGTH) -> int:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .base import Row, RowOutput, Split, TaskData
+from .base import RowOutput, TaskData
 from .conll import CONLL_SUFFIXES, TABLE_SUFFIXES, Sentences, read_sentences, sentences_from_table
-from .encoding import features, input_names, require_fast, require_words, resolve_length
+from .encoding import EncodedSplit, require_fast, require_words
 from .labels import class_ids, is_generic, model_labels
 from .metrics import tag_scores
 from .source import fetch, require_path, split_files
@@ -20,10 +20,9 @@ from .table import Table
 
 IGNORE = -100
 CONLL2003 = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC")
-_CHUNK = 1000  # sentences per call of the tokenizer
 
 
-class TagSplit(Split):
+class TagSplit(EncodedSplit):
     """Hold sentences of words with one tag each; a word is labelled on its first token."""
 
     def __init__(
@@ -34,33 +33,14 @@ class TagSplit(Split):
         self._words = sentences.words
         self._tags = tags
         self._names = names
-        self._tokenizer = request.tokenizer
-        self._config = request.config
-        self._max_length = resolve_length(request.tokenizer, request.config, request.max_length)
-        self._rows: list[Row] | None = None
+        super().__init__(request)
 
     def __len__(self) -> int:
         return len(self._words)
 
-    def encode(self, indices: Sequence[int]) -> list[Row]:
-        rows: list[Row] = []
-        for start in range(0, len(indices), _CHUNK):
-            chunk = [int(i) for i in indices[start : start + _CHUNK]]
-            encoding = self._tokenizer(
-                [self._words[i] for i in chunk],
-                is_split_into_words=True,
-                truncation=True,
-                max_length=self._max_length,
-            )
-            names = input_names(encoding, self._config)
-            for row, i in enumerate(chunk):
-                rows.append(Row(features(encoding, names, row), self._label(encoding.word_ids(row), i)))
-        return rows
-
-    def rows(self) -> list[Row]:
-        if self._rows is None:
-            self._rows = self.encode(range(len(self)))
-        return self._rows
+    def _tokenize(self, indices: Sequence[int]) -> Any:
+        words = [self._words[i] for i in indices]
+        return self._tokenizer(words, is_split_into_words=True, truncation=True, max_length=self._max_length)
 
     def score(self, outputs: Sequence[RowOutput], dense: Sequence[RowOutput] | None = None) -> dict[str, float]:
         """Score the tags of the words that were not cut off; entity F1 first, if tags are of entities."""
@@ -77,16 +57,17 @@ class TagSplit(Split):
     def texts(self, limit: int) -> list[Any]:
         return [list(words) for words in self._words[:limit]]
 
-    def _label(self, word_ids: Sequence[int | None], i: int) -> np.ndarray | None:
+    def _label(self, encoding: Any, row: int, index: int) -> np.ndarray | None:
         """Return the tag numbers (T,), -100 except on each word's first token."""
         if self._tags is None:
             return None
+        word_ids = encoding.word_ids(row)
         out = np.full(len(word_ids), IGNORE, dtype=np.int64)
         seen: set[int | None] = {None}
         for position, word in enumerate(word_ids):
             if word not in seen:
                 seen.add(word)
-                out[position] = self._tags[i][word]  # type: ignore[index]
+                out[position] = self._tags[index][word]  # type: ignore[index]
         return out
 
 

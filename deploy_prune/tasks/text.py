@@ -8,19 +8,18 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .base import HeadKind, Row, RowOutput, Split, TaskData
+from .base import HeadKind, RowOutput, TaskData
 from .columns import label_column
-from .encoding import features, input_names, resolve_length
+from .encoding import EncodedSplit
 from .labels import class_ids, float_targets, is_generic, model_labels
 from .metrics import Metric, retrieval_recall
 from .spec import LoadRequest
 from .table import Table
 
 RECALL = "recall@10"
-_CHUNK = 1000  # texts per call of the tokenizer
 
 
-class TextSplit(Split):
+class TextSplit(EncodedSplit):
     """Hold texts, one or two per row, and their labels (None where there are none)."""
 
     def __init__(
@@ -39,30 +38,17 @@ class TextSplit(Split):
         self._labels = labels
         self._head = head
         self._metrics = metrics
-        self._tokenizer = request.tokenizer
-        self._config = request.config
-        self._max_length = resolve_length(request.tokenizer, request.config, request.max_length)
-        self._rows: list[Row] | None = None
+        super().__init__(request)
 
     def __len__(self) -> int:
         return len(self._texts)
 
-    def encode(self, indices: Sequence[int]) -> list[Row]:
-        rows: list[Row] = []
-        for start in range(0, len(indices), _CHUNK):
-            chunk = [int(i) for i in indices[start : start + _CHUNK]]
-            columns = [list(column) for column in zip(*(self._texts[i] for i in chunk), strict=True)]
-            encoding = self._tokenizer(*columns, truncation=True, max_length=self._max_length)
-            names = input_names(encoding, self._config)
-            for row, i in enumerate(chunk):
-                label = self._labels[i] if self._labels is not None else None
-                rows.append(Row(features(encoding, names, row), label))
-        return rows
+    def _tokenize(self, indices: Sequence[int]) -> Any:
+        columns = [list(column) for column in zip(*(self._texts[i] for i in indices), strict=True)]
+        return self._tokenizer(*columns, truncation=True, max_length=self._max_length)
 
-    def rows(self) -> list[Row]:
-        if self._rows is None:
-            self._rows = self.encode(range(len(self)))
-        return self._rows
+    def _label(self, encoding: Any, row: int, index: int) -> Any:
+        return self._labels[index] if self._labels is not None else None
 
     def score(self, outputs: Sequence[RowOutput], dense: Sequence[RowOutput] | None = None) -> dict[str, float]:
         if self._head == "embedding":

@@ -112,7 +112,7 @@ class Ablation:
                     teacher = self.model
                     if taught < 1:
                         teacher = slice_model(self.model, self.groups, plan(taught, least, moved))
-                    swept = sweep(student, teacher, self.groups, chosen, self.head, batches, solver)
+                    swept = sweep(student, teacher, self.groups, chosen, self.head, batches, solver, stats.saliency)
                     declined = [entry.group for entry in swept.log if not entry.accepted]
                 seconds = time.perf_counter() - started
                 share = encoder_flops(self.groups, length, chosen) / encoder_flops(self.groups, length)
