@@ -18,7 +18,8 @@ from .costs import Budget
 from .errors import InputError
 from .heads import Head
 from .progress import Reporter
-from .stages import Options, PrunedPlan, prune_rows
+from .pruner import prune_rows
+from .stages import Options, PrunedPlan
 from .tasks.base import HeadKind, Row, TaskData
 from .tasks.registry import model_head
 from .units import SlicePlan
@@ -37,14 +38,15 @@ def prune(
     """Decide which heads and neurons of a loaded model stay, and refit what is left; the model is not changed.
 
     `data` is a loaded task (its training split is sampled) or tokenised rows. `budget` is the share of
-    the dense encoder's FLOPs to keep, in (0, 1], or a Budget with its sequence length in tokens. Runs on
+    the dense encoder's FLOPs to keep, in (0, 1], or a Budget: FLOPs, parameters, bytes, latency. Runs on
     the model's device. Raises InputError, UnsupportedModelError or InfeasibleBudgetError.
     """
     options = options or Options()
     check_config(model.config)
-    keep, seq_len = (budget.keep, budget.seq_len) if isinstance(budget, Budget) else (budget, None)
-    if not isinstance(keep, int | float) or not 0 < keep <= 1:
-        raise InputError(f"The budget {keep!r} is not a share of FLOPs in (0, 1].")
+    if not isinstance(budget, Budget):
+        if not isinstance(budget, int | float):
+            raise InputError(f"The budget {budget!r} is neither a number nor a Budget.")
+        budget = Budget(float(budget))
     if isinstance(data, TaskData):
         head = Head(data.head)
         rows: Sequence[Row] = data.train.encode(sample_indices(len(data.train), samples, options.seed))
@@ -53,9 +55,7 @@ def prune(
         rows = data
     if len(rows) < MIN_SAMPLES:
         raise InputError(f"{len(rows)} rows are too few to calibrate on.", hint=f"Give at least {MIN_SAMPLES}.")
-    return prune_rows(
-        model.eval(), head, rows, float(keep), seq_len=seq_len, pad_id=pad_id, options=options, reporter=reporter
-    )
+    return prune_rows(model.eval(), head, rows, budget, pad_id=pad_id, options=options, reporter=reporter)
 
 
 def slice_model(model: nn.Module, plan: PrunedPlan | SlicePlan) -> Any:

@@ -25,11 +25,15 @@ class CalibrationStats:
     """Hold what the pass yields per group, rows in the order they were given.
 
     `gradients` (N, units) fp32 are those of the masks. `saliency` (N, longest row) fp32 is, for every token,
-    the squared norm of the loss's gradient at the sub-layer's output; 0 on padding.
+    the squared norm of the loss's gradient at the sub-layer's output; 0 on padding. `activation_squares`
+    (units,) fp64 sums the squares of a unit's activations over unpadded tokens, `gradient_moments` (d, d) fp64
+    g g^T of the gradient at the sub-layer's output, where it was asked for.
     """
 
     gradients: dict[str, Tensor]
     saliency: dict[str, Tensor]
+    activation_squares: dict[str, Tensor]
+    gradient_moments: dict[str, Tensor]
     tokens: Tensor  # () unpadded tokens seen
     mean_length: float
     mean_loss: Tensor  # ()
@@ -53,6 +57,7 @@ def calibrate(
     label_free: bool = False,
     seed: int = 0,
     forward_dtype: torch.dtype = torch.float32,
+    gradient_moments: bool = False,
     progress: Progress = lambda share: None,
 ) -> CalibrationStats:
     """Return d loss_n / d mask_u at mask = 1 for every sample n and unit u, in one pass.
@@ -68,7 +73,7 @@ def calibrate(
     batches = Batches(rows, head, pad_id)
     gradients = {g.name: torch.zeros(len(rows), g.size, device=device) for g in groups}
     longest = max(r.length for r in rows)
-    saliency = {g.name: torch.zeros(len(rows), longest, device=device) for g in groups}
+    seen = {g.name: _Sums(g, len(rows), longest, device, gradient_moments) for g in groups}
     tokens = torch.zeros((), dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -81,10 +86,10 @@ def calibrate(
         with ExitStack() as stack:
             masks = {g.name: torch.ones(size, g.size, device=device, requires_grad=True) for g in groups}
             for g in groups:
-                hook = _mask_hook(masks[g.name], g.width)
-                consumer = model.get_submodule(g.consumer)
-                stack.callback(consumer.register_forward_pre_hook(hook).remove)
-                stack.callback(consumer.register_forward_hook(_saliency_hook(saliency[g.name], index)).remove)
+                consumer, sums = model.get_submodule(g.consumer), seen[g.name]
+                before = _mask_hook(masks[g.name], g.width, sums, batch.inputs["attention_mask"])
+                stack.callback(consumer.register_forward_pre_hook(before).remove)
+                stack.callback(consumer.register_forward_hook(_gradient_hook(sums, index)).remove)
             stack.enter_context(torch.enable_grad())
             autocast = forward_dtype != torch.float32
             with torch.autocast(device.type, dtype=forward_dtype if autocast else None, enabled=autocast):
@@ -109,7 +114,9 @@ def calibrate(
         p.requires_grad_(True)
     return CalibrationStats(
         gradients=gradients,
-        saliency=saliency,
+        saliency={name: sums.saliency for name, sums in seen.items()},
+        activation_squares={name: sums.squares for name, sums in seen.items()},
+        gradient_moments={name: sums.moments for name, sums in seen.items() if sums.moments is not None},
         tokens=tokens,
         mean_length=float(np.mean([r.length for r in rows])),
         mean_loss=loss_sum / len(rows),
@@ -143,23 +150,40 @@ def hash_rows(rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
-def _mask_hook(mask: Tensor, width: int) -> Callable[..., tuple[Any, ...]]:
+class _Sums:
+    """Gather what one group's hooks see."""
+
+    def __init__(self, group: UnitGroup, rows: int, longest: int, device: torch.device, moments: bool) -> None:
+        double = {"dtype": torch.float64, "device": device}
+        self.width = group.width
+        self.saliency = torch.zeros(rows, longest, device=device)
+        self.squares = torch.zeros(group.size, **double)  # type: ignore[arg-type]
+        self.moments = torch.zeros(group.hidden, group.hidden, **double) if moments else None  # type: ignore[arg-type]
+
+
+def _mask_hook(mask: Tensor, width: int, sums: _Sums, attention: Tensor) -> Callable[..., tuple[Any, ...]]:
     columns = mask if width == 1 else mask.repeat_interleave(width, dim=1)
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]  # (B, T, units * width)
+        seen = x.detach() * attention.unsqueeze(-1).to(x.dtype)
+        sums.squares += seen.float().square().sum((0, 1)).reshape(-1, width).sum(1).double()
         return (x * columns.to(x.dtype)[:, None, :], *args[1:])
 
     return hook
 
 
-def _saliency_hook(store: Tensor, index: Tensor) -> Callable[..., None]:
-    """Write |gradient|^2 of every token (B, T) into the rows `index` of the store when it comes by."""
+def _gradient_hook(sums: _Sums, index: Tensor) -> Callable[..., None]:
+    """Look at the gradient (B, T, d) when it comes by; padding, which reaches no loss, has none."""
 
-    def keep(grad: Tensor) -> None:
-        store[index, : grad.shape[1]] = grad.float().square().sum(-1)
+    def look(grad: Tensor) -> None:
+        grad = grad.float()
+        sums.saliency[index, : grad.shape[1]] = grad.square().sum(-1)
+        if sums.moments is not None:
+            flat = grad.flatten(0, 1)
+            sums.moments += (flat.T @ flat).double()
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        output.register_hook(keep)
+        output.register_hook(look)
 
     return hook

@@ -6,11 +6,12 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import InputError
 
 MIN_SAMPLES = 64
+DEFAULT_KEEP = 0.5
 
 
 def _field(default: Any, description: str, **limits: Any) -> Any:
@@ -37,9 +38,15 @@ class Recipe(BaseModel):
         default=None, description="Draw labels from the model (default: where data has none)."
     )
 
-    keep_flops: float = Field(
-        default=0.5, gt=0, le=1, description="Share of the dense encoder's FLOPs to keep, in (0, 1]."
+    keep_flops: float | None = Field(
+        default=None, gt=0, le=1, description="Share of the dense encoder's FLOPs to keep (0.5 without any budget)."
     )
+    keep_params: float | None = _field(None, "Share of the encoder's parameters to keep, in (0, 1].", gt=0, le=1)
+    max_bytes: int | None = _field(None, "Bytes that the whole model's fp32 weights may have.", gt=0)
+    keep_latency: float | None = Field(
+        default=None, gt=0, le=1, description="Share of the whole model's latency to keep, by --lut."
+    )
+    lut: str | None = _field(None, "Latency table of this model, made by deploy-prune probe.")
     seq_len: int | None = Field(
         default=None, ge=1, description="Budget's length in tokens (default: mean of the samples)."
     )
@@ -48,13 +55,22 @@ class Recipe(BaseModel):
         None, "Neurons kept at least in every layer (default: a sixteenth with the refit, else 1).", ge=0
     )
 
+    align: int = _field(1, "Keep widths that are multiples of this: 8, 16, 32, 64.", ge=1)
+    search: Literal["exact", "paper"] = _field("exact", "exact, or the paper's greedy search.")
+    scope: Literal["global", "local"] = Field(
+        default="global", description="Units compete in the whole model, or (local) every layer keeps the same share."
+    )
+
     samples: int = _field(2048, "Training rows to calibrate on, drawn without replacement.")
     seed: int = _field(0, "Seed of the draw.", ge=0)
     device: str = _field("auto", "auto, cpu, cuda or cuda:N.")
     forward_dtype: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="Precision of calibration's forward."
     )
-    criterion: str = _field("fisher", "How units are scored.")
+    criterion: str = Field(
+        default="auto", description="How units are scored (auto: obs before the refit, else fisher)."
+    )
+    cache_gb: float = _field(16.0, "Hidden states that compensation may keep, in GB; others are recomputed.", gt=0)
     rearrange: Literal["auto", "sample", "batch", "none"] = _field(
         "auto", "By the Fisher of samples, of mini-batches (the paper's code), or not; auto: not before the refit."
     )
@@ -80,6 +96,16 @@ class Recipe(BaseModel):
             raise ValueError(f"{value} samples are too few to calibrate on; give at least {MIN_SAMPLES}")
         return value
 
+    @model_validator(mode="after")
+    def _one_budget_at_least(self) -> Recipe:
+        if self.keep_latency is not None and self.lut is None:
+            raise ValueError("a latency budget needs a measured table (lut); deploy-prune probe makes one")
+        if self.lut is not None and self.keep_latency is None:
+            raise ValueError("a latency table (lut) is given, but no latency budget (keep_latency)")
+        if self.keep_flops is self.keep_params is self.max_bytes is self.keep_latency is None:
+            object.__setattr__(self, "keep_flops", DEFAULT_KEEP)
+        return self
+
     def destination(self, task: str) -> Path:
         """Return the bundle's folder: `out`, or bundles/<model>-<task>-<keep>."""
         if self.out:
@@ -87,7 +113,11 @@ class Recipe(BaseModel):
         if self.model == "demo":
             return Path("bundles/demo")
         name = Path(self.model).name or "model"
-        return Path("bundles") / f"{name}-{task}-{self.keep_flops:g}"
+        return Path("bundles") / f"{name}-{task}-{self._budget_name()}"
+
+    def _budget_name(self) -> str:
+        parts = {"": self.keep_flops, "params": self.keep_params, "bytes": self.max_bytes, "latency": self.keep_latency}
+        return "-".join(f"{kind}{value:g}" for kind, value in parts.items() if value is not None)
 
 
 def load_recipe(path: str | Path | None = None, **flags: Any) -> Recipe:

@@ -1,11 +1,18 @@
-"""Exact costs of a plan, additive over the unit groups. FLOPs are 2 x MAC. No torch here."""
+"""Costs of a plan, additive over the unit groups, and budgets on them. FLOPs are 2 x MAC. No torch here."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from .errors import InputError
+from .latency_table import LatencyTable
 from .units import SlicePlan, UnitGroup
+
+BYTES_PER_PARAM = 4  # models compute in fp32
 
 
 def unit_flops(group: UnitGroup, seq_len: int) -> int:
@@ -37,14 +44,113 @@ def counts_of(groups: Sequence[UnitGroup], plan: SlicePlan | None) -> Mapping[st
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Bind the encoder's FLOPs at `seq_len` tokens to the share `keep` of the dense encoder's."""
+class CostTable:
+    """Say what keeping n units costs, for every n of every group, and what the rest of the model costs.
 
+    `kind` is flops, params, bytes or latency; `groups` maps a group's name to its costs (size + 1,), in
+    FLOPs, parameters, bytes or milliseconds; `base` is what cannot be cut.
+    """
+
+    kind: str
+    groups: Mapping[str, np.ndarray]
+    base: float = 0.0
+
+    def cost(self, counts: Mapping[str, int]) -> float:
+        """Return the cost of a plan with these counts."""
+        return self.base + sum(float(self.groups[name][n]) for name, n in counts.items())
+
+    @property
+    def dense(self) -> float:
+        """Return the cost of the dense model."""
+        return self.base + sum(float(costs[-1]) for costs in self.groups.values())
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Bind one cost to at most `most`, in the table's unit; `keep` is that share of the dense cost."""
+
+    table: CostTable
+    most: float
     keep: float
-    seq_len: int
-    kind: str = "flops"
 
-    def limit(self, groups: Sequence[UnitGroup]) -> int:
-        """Return the largest cost allowed, in FLOPs."""
-        dense = encoder_flops(groups, self.seq_len)
-        return dense if self.keep >= 1.0 else int(self.keep * dense)
+    @classmethod
+    def share(cls, table: CostTable, keep: float) -> Limit:
+        """Allow a share of the dense cost, rounded down to whole FLOPs, parameters or bytes."""
+        most = keep * table.dense
+        whole = table.kind != "latency"
+        return cls(table, table.dense if keep >= 1.0 else math.floor(most) if whole else most, min(keep, 1.0))
+
+    @property
+    def room(self) -> float:
+        """Return what the units may cost; a hair less than allowed where costs are not whole numbers."""
+        room = self.most - self.table.base
+        return room - 1e-12 * abs(self.most) if self.table.kind == "latency" else room
+
+
+def flops_table(groups: Sequence[UnitGroup], seq_len: int) -> CostTable:
+    """Return the encoder's FLOPs for one sequence of `seq_len` tokens."""
+    return CostTable("flops", {g.name: unit_flops(g, seq_len) * np.arange(g.size + 1) for g in groups})
+
+
+def params_table(groups: Sequence[UnitGroup]) -> CostTable:
+    """Return the parameters of the encoder's units."""
+    return CostTable("params", {g.name: g.params * np.arange(g.size + 1) for g in groups})
+
+
+def bytes_table(groups: Sequence[UnitGroup], model_params: int) -> CostTable:
+    """Return the bytes of the whole model's fp32 weights; `model_params` counts the dense model's parameters."""
+    units = {g.name: BYTES_PER_PARAM * g.params * np.arange(g.size + 1) for g in groups}
+    base = BYTES_PER_PARAM * model_params - sum(float(u[-1]) for u in units.values())
+    return CostTable("bytes", units, base)
+
+
+def latency_table(groups: Sequence[UnitGroup], measured: LatencyTable) -> CostTable:
+    """Return the whole model's latency in ms from a measured table.
+
+    Raises InputError when the table was measured on a model of other shapes.
+    """
+    measured.check(groups)
+    return CostTable("latency", {g.name: measured.costs(g) for g in groups}, measured.base_ms)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bind one or several costs of the pruned model.
+
+    `keep_flops` (at `seq_len` tokens) and `keep_params` are shares of the dense encoder's units, `max_bytes`
+    bounds the whole model's fp32 weights, and `keep_latency` is the share of the whole model's latency in
+    `lut`. Without any, half of the FLOPs stay. `seq_len` defaults to the calibration rows' mean length.
+    """
+
+    keep_flops: float | None = None
+    seq_len: int | None = None
+    keep_params: float | None = None
+    max_bytes: int | None = None
+    keep_latency: float | None = None
+    lut: LatencyTable | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("keep_flops", "keep_params", "keep_latency"):
+            share = getattr(self, name)
+            if share is not None and (isinstance(share, bool) or not 0 < share <= 1):
+                raise InputError(f"The budget {name} = {share!r} is not a share in (0, 1].")
+        if self.max_bytes is not None and self.max_bytes <= 0:
+            raise InputError(f"The budget max_bytes = {self.max_bytes!r} is not a positive number of bytes.")
+
+    def limits(self, groups: Sequence[UnitGroup], seq_len: int, model_params: int) -> list[Limit]:
+        """Return one limit per bound cost. Raises InputError for a latency budget without its table."""
+        only = self.keep_params is None and self.max_bytes is None and self.keep_latency is None
+        keep_flops = 0.5 if self.keep_flops is None and only else self.keep_flops
+        found = []
+        if keep_flops is not None:
+            found.append(Limit.share(flops_table(groups, seq_len), keep_flops))
+        if self.keep_params is not None:
+            found.append(Limit.share(params_table(groups), self.keep_params))
+        if self.max_bytes is not None:
+            table = bytes_table(groups, model_params)
+            found.append(Limit(table, self.max_bytes, min(self.max_bytes / table.dense, 1.0)))
+        if self.keep_latency is not None:
+            if self.lut is None:
+                raise InputError("A latency budget needs a measured table.", hint="Make one: deploy-prune probe.")
+            found.append(Limit.share(latency_table(groups, self.lut), self.keep_latency))
+        return found

@@ -20,13 +20,15 @@ from .bundle import VARIANTS, Artifact, Bundle, Stage, disk_errors, publish, sta
 from .calibration import sample_indices
 from .checkpoint import Dense, input_names, load_config, load_dense, save_sliced
 from .config import MIN_SAMPLES, Recipe
-from .costs import encoder_flops
+from .costs import Budget, encoder_flops
 from .errors import InputError, VerdictError
 from .evaluate import evaluate
 from .golden import max_positions
 from .heads import Head
+from .latency_table import read_latency_table
 from .progress import Reporter, Silent
-from .stages import Options, Recorder, prune_rows, resolve_device
+from .pruner import prune_rows
+from .stages import Options, PrunedPlan, Recorder, resolve_device
 from .tasks import check_task, data_has_pair, infer_task, load_task, task_head
 from .tasks.base import Row, TaskData
 from .tasks.registry import model_head
@@ -68,8 +70,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
             dense.model,
             head,
             rows,
-            recipe.keep_flops,
-            seq_len=recipe.seq_len,
+            _budget(recipe),
             pad_id=_pad_id(dense),
             options=Options(
                 criterion=recipe.criterion,
@@ -78,6 +79,10 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
                 label_free=label_free,
                 min_heads=recipe.min_heads,
                 min_neurons=recipe.min_neurons,
+                align=recipe.align,
+                search=recipe.search,
+                scope=recipe.scope,
+                cache_gb=recipe.cache_gb,
                 seed=recipe.seed,
                 forward_dtype=recipe.forward_dtype,
             ),
@@ -87,7 +92,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
         recorder.records = pruned.stages
         with recorder.stage("slice"):
             variants = make_variants(dense.model, pruned.groups, pruned.plan, pruned.updates)
-        bundle.manifest.budget = {"kind": "flops", "keep": recipe.keep_flops, "seq_len": pruned.budget.seq_len}
+        bundle.manifest.budget = _budget_entry(pruned)
         bundle.manifest.recipe = recipe.model_dump(mode="json")
         bundle.manifest.task = _task_entry(task_name, head, data)
         _fill(bundle, variants, dense, head, recipe.model)
@@ -229,6 +234,23 @@ def _resolve(recipe: Recipe, reporter: Reporter) -> tuple[str, str, str | None]:
         reporter.note(f"Task inferred from the model and the data: {task}")
     check_task(task, config)
     return source, task, recipe.data
+
+
+def _budget(recipe: Recipe) -> Budget:
+    return Budget(
+        keep_flops=recipe.keep_flops,
+        seq_len=recipe.seq_len,
+        keep_params=recipe.keep_params,
+        max_bytes=recipe.max_bytes,
+        keep_latency=recipe.keep_latency,
+        lut=read_latency_table(recipe.lut) if recipe.lut else None,
+    )
+
+
+def _budget_entry(pruned: PrunedPlan) -> dict[str, Any]:
+    """Return the budget for the manifest; with several limits, `kind` and `keep` are the first one's."""
+    first = pruned.limits[0]
+    return {"kind": first["kind"], "keep": first["keep"], "seq_len": pruned.seq_len, "limits": pruned.limits}
 
 
 def _check_length(seq_len: int | None, model: nn.Module) -> None:

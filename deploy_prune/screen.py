@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from .errors import DeployPruneError
+from .latency_table import LatencyTable
 from .progress import Progress as ShareDone
 
 out = Console()
@@ -75,6 +76,19 @@ def print_internal_error(error: BaseException) -> None:
         f" - please report it with {file.name}",
         highlight=False,
     )
+
+
+def print_latency_table(table: LatencyTable) -> None:
+    """Print what one layer's attention and FFN take at every measured count."""
+    where = f"{table.runtime}, batch {table.batch}, {table.seq} tokens: dense {table.dense_ms:.2f} ms"
+    grid = Table(title=f"{where}, of which {table.base_ms:.2f} ms cannot be cut", title_justify="left")
+    for name in ("per layer", "kept", "ms", "95% interval", "share of the full one"):
+        grid.add_column(name, justify="left" if name == "per layer" else "right")
+    for kind, costs in table.kinds.items():
+        for count, ms, low, high in zip(costs.counts, costs.ms, costs.low_ms, costs.high_ms, strict=True):
+            share = f"{100 * ms / costs.ms[-1]:.0f}%" if costs.ms[-1] else "-"
+            grid.add_row(f"{kind}s", str(count), f"{ms:.3f}", f"{low:.3f} to {high:.3f}", share)
+    out.print(grid)
 
 
 def print_summary(rows: Sequence[dict[str, Any]], where: str) -> None:

@@ -62,12 +62,13 @@ def bench_bundle(
     }
     for runtime, batch, seq in product(runtimes, batches, seqs):
         cell = {"runtime": runtime, "batch": batch, "seq": seq, "threads": threads}
-        where = {"root": str(bundle.root.resolve()), **cell}
+        root = str(bundle.root.resolve())
+        models = {variant: {"root": root, "variant": variant} for variant in variants}
         if progress:
             progress(f"latency {runtime} {batch}x{seq}")
         limits = {"max_seconds": max_seconds_per_cell, "min_rounds": min_rounds}
         try:
-            timed = run_isolated(f"{_CELLS}:time_cell", {**where, "variants": list(variants), **limits})
+            timed = run_isolated(f"{_CELLS}:time_cell", {**cell, "models": models, **limits})
         except WorkerError as error:
             result["failures"].append({**cell, "variant": None, "stage": "latency", **_reason(error)})
             continue
@@ -78,7 +79,7 @@ def bench_bundle(
             if progress:
                 progress(f"memory {runtime} {batch}x{seq} {variant}")
             try:
-                measurement |= run_isolated(f"{_CELLS}:memory_cell", {**where, "variant": variant})
+                measurement |= run_isolated(f"{_CELLS}:memory_cell", {**cell, "root": root, "variant": variant})
             except WorkerError as error:
                 measurement |= {"peak_rss_bytes": None, "baseline_rss_bytes": None}
                 result["failures"].append({**cell, "variant": variant, "stage": "memory", **_reason(error)})

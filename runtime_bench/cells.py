@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,35 +24,34 @@ MEMORY_RUNS = 3
 
 def time_cell(
     *,
-    root: str,
+    models: Mapping[str, Mapping[str, Any]],
     runtime: str,
-    variants: Sequence[Variant],
     batch: int,
     seq: int,
     threads: int | None,
     max_seconds: float,
     min_rounds: int,
 ) -> dict[str, Any]:
-    """Load the variants together and time them interleaved.
+    """Load models together and time them interleaved; `models` gives each its bundle's "root" and "variant".
 
-    Returns {"samples": {variant: {"wall_ns", "cpu_ns", "provider"}}, "failures": {variant: {...}}}: a
-    variant that does not load or run is left out of the rounds and does not stop the others.
+    Returns {"samples": {name: {"wall_ns", "cpu_ns", "provider"}}, "failures": {name: {...}}}: a
+    model that cannot be opened or run does not stop the others.
     """
-    bundle = Bundle.open(root, verify=False)  # the parent has checked the hashes
     failures: dict[str, dict[str, str]] = {}
     functions: dict[str, Callable[[], object]] = {}
     runners: dict[str, Runner] = {}
     with ExitStack() as stack:
-        for variant in variants:
+        for name, model in models.items():
             try:
-                runner = stack.enter_context(open_runner(bundle, runtime, variant, threads=threads))
+                bundle = Bundle.open(model["root"], verify=False)  # the parent has checked the hashes
+                runner = stack.enter_context(open_runner(bundle, runtime, model["variant"], threads=threads))
                 feeds = make_feeds(bundle, runner, batch, seq)
                 runner.infer(feeds)
-            except Exception as error:  # whatever a runtime raises: this variant alone has failed
-                failures[variant] = describe_failure(error)
+            except Exception as error:  # whatever a runtime raises: this model alone has failed
+                failures[name] = describe_failure(error)
                 continue
-            runners[variant] = runner
-            functions[variant] = partial(runner.infer, feeds)
+            runners[name] = runner
+            functions[name] = partial(runner.infer, feeds)
         samples = interleaved(functions, min_rounds=min_rounds, max_seconds=max_seconds) if functions else {}
         return {
             "samples": {

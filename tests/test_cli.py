@@ -20,7 +20,7 @@ from deploy_prune import screen
 from deploy_prune.cli import app, invoke
 
 STAGES = ("calibrate", "search", "rearrange", "compensate", "evaluate", "export", "bench")
-COMMANDS = ("run", "prune", "slice", "export", "bench", "inspect", "doctor")
+COMMANDS = ("run", "prune", "slice", "export", "bench", "probe", "experiment", "inspect", "doctor")
 
 
 class Workplace:

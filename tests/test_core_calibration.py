@@ -10,10 +10,10 @@ from models_tiny import FAMILIES, tiny_model, tiny_rows
 from deploy_prune.archs import arch_of
 from deploy_prune.batches import Batches
 from deploy_prune.calibration import calibrate, check_finite, hash_rows, sample_indices
-from deploy_prune.compensate.layers import Taps
-from deploy_prune.criteria import fisher, fisher_batch, get_criterion
+from deploy_prune.criteria import Evidence, get_criterion
 from deploy_prune.errors import InputError
 from deploy_prune.heads import Head
+from deploy_prune.layerwise import Taps
 from deploy_prune.tasks.base import HeadKind
 
 KINDS: tuple[HeadKind, ...] = ("classification", "regression", "token", "qa")
@@ -64,11 +64,12 @@ def test_fisher_of_samples_and_of_batches() -> None:
     model = tiny_model("bert")
     groups, rows = arch_of(model).groups(model), tiny_rows(70)
     stats = calibrate(model, groups, Head("classification"), rows)
+    given = Evidence(model, groups, stats=stats)
     for g in groups:
         grads = stats.gradients[g.name].double().numpy()
-        assert fisher(stats)[g.name] == pytest.approx((grads**2).mean(0))
+        assert get_criterion("fisher")(given)[g.name] == pytest.approx((grads**2).mean(0))
         batches = [grads[i : i + 32].mean(0) for i in range(0, 70, 32)]
-        assert fisher_batch(stats)[g.name] == pytest.approx(np.square(batches).sum(0))
+        assert get_criterion("fisher-batch")(given)[g.name] == pytest.approx(np.square(batches).sum(0))
     assert int(stats.tokens) == sum(r.length for r in rows)
 
 

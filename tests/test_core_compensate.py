@@ -13,18 +13,20 @@ from scipy.sparse.linalg import lsmr
 
 from deploy_prune.archs import arch_of
 from deploy_prune.batches import Batch, Batches
-from deploy_prune.calibration import calibrate
 from deploy_prune.compensate import MaskTuning, Refit, get_solver, sweep
 from deploy_prune.compensate.layers import token_weights
 from deploy_prune.compensate.moments import Moments
 from deploy_prune.compensate.solution import Solution
-from deploy_prune.criteria import fisher
+from deploy_prune.costs import Budget
+from deploy_prune.criteria import Criterion, Evidence
 from deploy_prune.errors import InputError
 from deploy_prune.heads import Head
+from deploy_prune.layerwise import StateCache
 from deploy_prune.masking import mask_model
 from deploy_prune.predict import predict
+from deploy_prune.pruner import prune_rows, with_scales
 from deploy_prune.slicing import slice_model
-from deploy_prune.stages import Options, prune_rows, with_scales
+from deploy_prune.stages import Options
 from deploy_prune.units import MaskSet, SlicePlan, UnitGroup
 
 
@@ -187,6 +189,22 @@ class FailsOnce(Refit):
         return solution
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_states_that_are_not_kept_are_computed_anew(share: float) -> None:
+    model, head, rows = tiny_model("bert"), Head("classification"), tiny_rows(96)
+    groups, plan = ragged_plan(model)
+    feeds = list(Batches(rows, head, 0))
+    needed = StateCache(feeds, 32, 4, torch.device("cpu")).needed_bytes
+    found = []
+    for cache_bytes in (needed, int(share * needed)):
+        student = slice_model(model, groups, plan)
+        swept = sweep(student, model, groups, plan, head, Batches(rows, head, 0), Refit(), cache_bytes=cache_bytes)
+        found.append((swept.log, student.state_dict()))
+    (log, state), (other_log, other_state) = found
+    assert [e.residual_after for e in log] == pytest.approx([e.residual_after for e in other_log], rel=1e-6)
+    assert all(torch.allclose(state[k], other_state[k], atol=1e-5) for k in state)
+
+
 def test_one_bad_layer_does_not_stop_the_others() -> None:
     """The public code leaves the loop at the first bad layer and says nothing."""
     model, head = tiny_model("bert"), Head("classification")
@@ -202,7 +220,9 @@ def test_one_bad_layer_does_not_stop_the_others() -> None:
 def test_heads_of_the_first_layer_are_tuned() -> None:
     """The public code never tunes layer 0's heads."""
     model = tiny_model("bert")
-    result = prune_rows(model, Head("classification"), tiny_rows(96), 0.6, options=Options(compensate="mask-tuning"))
+    result = prune_rows(
+        model, Head("classification"), tiny_rows(96), Budget(0.6), options=Options(compensate="mask-tuning")
+    )
     assert any(s != 1.0 for s in result.plan["L00.heads"].scales)
 
 
@@ -220,10 +240,8 @@ def test_whole_plan_is_left_nearly_alone() -> None:
 
 def test_same_seed_same_hash() -> None:
     model, rows, head = tiny_model("roberta"), tiny_rows(96), Head("classification")
-    first, second = (prune_rows(model, head, rows, 0.5, pad_id=1) for _ in range(2))
+    first, second = (prune_rows(model, head, rows, Budget(0.5), pad_id=1) for _ in range(2))
     assert first.hash == second.hash
-    scores = fisher(calibrate(model, first.groups, head, rows, pad_id=1))
-    assert set(scores) == {g.name for g in first.groups}
 
 
 @pytest.mark.parametrize(
@@ -237,23 +255,23 @@ def test_same_seed_same_hash() -> None:
 )
 def test_every_stage_is_recorded_as_run_or_skipped(options: Options, skipped: set[str], least: int) -> None:
     model = tiny_model("bert", intermediate_size=64)
-    stages = prune_rows(model, Head("classification"), tiny_rows(64), 0.5, options=options).stages
-    assert [s["name"] for s in stages] == ["calibrate", "search", "rearrange", "compensate"]
+    stages = prune_rows(model, Head("classification"), tiny_rows(64), Budget(0.5), options=options).stages
+    assert [s["name"] for s in stages] == ["calibrate", "score", "search", "rearrange", "compensate"]
     assert {s["name"] for s in stages if "skipped" in s} == skipped
-    assert stages[1]["min_neurons"] == least
+    assert stages[2]["min_neurons"] == least
 
 
 def test_last_layers_are_not_emptied_before_a_refit(monkeypatch: pytest.MonkeyPatch) -> None:
     """All the importance in one layer: the others still keep a sixteenth of their neurons."""
 
-    def first_layer_only(stats: Any) -> dict[str, np.ndarray]:
-        return {name: np.full(g.shape[1], 1.0 if "L00" in name else 1e-9) for name, g in stats.gradients.items()}
+    def first_layer_only(given: Evidence) -> dict[str, np.ndarray]:
+        return {g.name: np.full(g.size, 1.0 if "L00" in g.name else 1e-9) for g in given.groups}
 
-    monkeypatch.setattr("deploy_prune.stages.get_criterion", lambda name: first_layer_only)
+    monkeypatch.setattr("deploy_prune.pruner.get_criterion", lambda name: Criterion(first_layer_only))
     model, head, rows = tiny_model("bert", intermediate_size=64), Head("classification"), tiny_rows(64)
-    kept = prune_rows(model, head, rows, 0.3).plan.layer_counts()
+    kept = prune_rows(model, head, rows, Budget(0.3)).plan.layer_counts()
     assert all(layer["neurons"] >= 4 for layer in kept)
-    bare = prune_rows(model, head, rows, 0.3, options=Options(compensate="none")).plan.layer_counts()
+    bare = prune_rows(model, head, rows, Budget(0.3), options=Options(compensate="none")).plan.layer_counts()
     assert bare[2]["neurons"] < 4
 
 

@@ -22,15 +22,18 @@ FOLDERS = {
 # A room may import rooms of its own line and of the lines above it, never of a line below.
 LAYERS = [
     "errors units progress",
+    "latency_table",
     "archs costs heads tasks bundle config masking modeling_sliced batches fidelity given_masks archives snippets",
-    "calibration predict",
+    "calibration predict layerwise",
     "criteria",
     "search rearrange compensate",
     "slicing checkpoint",
     "stages runtimes finetune recover",
+    "pruner",
     "export runtime_bench demo",
     "variants golden evaluate",
-    "pipeline",
+    "pipeline measuring",
+    "probing experiments",
     "api screen inspection doctor serve cli",
 ]
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer.split()}

@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 import torch
 import transformers
 from models_tiny import tiny_model
 
-from deploy_prune.archs import check_config
-from deploy_prune.batches import Batches
 from deploy_prune.bundle import Bundle
-from deploy_prune.calibration import calibrate, sample_indices
+from deploy_prune.calibration import sample_indices
 from deploy_prune.checkpoint import load_dense, load_variant
-from deploy_prune.compensate import MaskTuning, Refit, sweep
 from deploy_prune.config import load_recipe
 from deploy_prune.costs import Budget
-from deploy_prune.criteria import fisher
 from deploy_prune.fidelity import fidelity
 from deploy_prune.heads import Head
 from deploy_prune.pipeline import run
 from deploy_prune.predict import predict
-from deploy_prune.rearrange import rearrange
+from deploy_prune.pruner import Pruner
 from deploy_prune.runtime_bench.flops import count_onnx
-from deploy_prune.search import search_flops
-from deploy_prune.slicing import slice_model
 from deploy_prune.stages import Options
 from deploy_prune.tasks import load_task
-from deploy_prune.units import SlicePlan
 
 ROOT = Path(os.environ.get("DEPLOY_PRUNE_DATA", ""))
 pytestmark = [
@@ -82,8 +73,11 @@ def test_checkpoint_in_fp16_computes_in_fp32(bundle: Bundle) -> None:
     assert bundle.manifest.counts["dense"]["weight_bytes"] == 4 * bundle.manifest.counts["dense"]["params"]
 
 
+PAPER = Options(compensate="mask-tuning", search="paper")
+
+
 def test_refit_is_five_times_closer_than_mask_tuning() -> None:
-    """Both as they run by default: the paper's three stages against search with a floor and refit."""
+    """Both as they run by default: the paper's three stages, and ours."""
     dense = load_dense(str(ROOT / "checkpoints" / "minilm-sst2"), "classification")
     task = load_task(
         "sst2",
@@ -91,30 +85,19 @@ def test_refit_is_five_times_closer_than_mask_tuning() -> None:
         config=dense.model.config,
         data=ROOT / "data" / "glue" / "SST-2",
     )
-    model, head, keep = dense.model, Head("classification"), 0.5
-    groups = check_config(model.config).groups(model)
-    rows = task.train.encode(sample_indices(len(task.train), 2048, 0))
-    stats = calibrate(model, groups, head, rows)
-    scores, batches = fisher(stats), Batches(rows, head, 0)
-    length = int(np.ceil(stats.mean_length))
+    head = Head("classification")
+    pruner = Pruner(dense.model, head, task.train.encode(sample_indices(len(task.train), 2048, 0)))
     evaluation = task.evaluation.rows()
-    expected = predict(model, head, evaluation)
+    expected = predict(dense.model, head, evaluation)
 
-    def plan(share: float, moved: bool) -> SlicePlan:
-        least = 1 if moved else Options().resolved(groups).min_neurons
-        masks = search_flops(groups, scores, Budget(share, length), min_neurons=least or 1)
-        return SlicePlan.from_masks(groups, rearrange(groups, masks, stats.gradients)[0] if moved else masks)
-
-    def distance(moved: bool, teacher: Any, solver: Any) -> float:
-        student = slice_model(model, groups, plan(keep, moved))
-        sweep(student, teacher, groups, plan(keep, moved), head, batches, solver)
-        kl = fidelity("classification", expected, predict(student, head, evaluation))["kl"]
+    def distance(options: Options) -> float:
+        sliced = pruner.prune(Budget(0.5), options).sliced
+        assert sliced is not None
+        kl = fidelity("classification", expected, predict(sliced, head, evaluation))["kl"]
         assert kl is not None
         return kl
 
-    tuned = distance(True, slice_model(model, groups, plan(keep**0.5, True)), MaskTuning())
-    refitted = distance(False, model, Refit())
-    assert refitted <= tuned / 5
+    assert distance(Options()) <= distance(PAPER) / 5
 
 
 MECHANICS = {

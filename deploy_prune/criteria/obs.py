@@ -1,0 +1,115 @@
+"""Optimal brain surgeon on whole units: what cutting one costs when the output projection is refitted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..layerwise import LayerRunner, StateCache, Stop, Taps
+from ..units import UnitGroup
+from .base import Evidence, Scores
+
+RIDGE = 1e-3  # of the mean diagonal of the inputs' second moment, as in the refit
+BLOCKS = 96  # into which a wide group's elimination is cut
+
+
+@torch.no_grad()
+def obs(evidence: Evidence) -> Scores:
+    """Return the expected rise of the loss when a unit is cut after all less important ones (units,).
+
+    Units of a group are eliminated one after another (neurons in blocks); after each step the columns that
+    stay take over what the cut ones did, by least squares over all unpadded tokens. Errors of the output
+    are measured by the second moment of the loss's gradient there, so that the scores of all groups share
+    one unit: nats.
+
+    Source: Hassibi and Stork 1993 (optimal brain surgeon); Kurtic et al. 2023, ZipLM, equation 4 (units);
+    Martens and Grosse 2015 (the gradient's second moment as the output metric).
+    """
+    stats, head, batches = evidence.calibrated, evidence.head, evidence.batches
+    assert head is not None, "calibrated evidence has a head"
+    assert batches is not None, "calibrated evidence has batches"
+    device = next(evidence.model.parameters()).device
+    feeds = list(batches)
+    scores: Scores = {}
+    with StateCache(feeds, evidence.groups[0].hidden, 1, device, evidence.cache_bytes) as cache:
+        runner = LayerRunner(evidence.model, head, feeds, cache)
+        for depth in range(len(runner.paths)):
+            groups = [g for g in evidence.groups if g.layer == depth]
+            moments = _input_moments(runner, groups, last=depth == len(runner.paths) - 1)
+            for g in groups:
+                weight = evidence.model.get_submodule(g.consumer).weight
+                metric = stats.gradient_moments[g.name] / stats.tokens
+                order, rises = eliminate(moments.pop(g.name) / stats.tokens, weight, metric, g.width)  # type: ignore[arg-type]
+                scores[g.name] = np.zeros(g.size)
+                scores[g.name][order.cpu().numpy()] = np.maximum.accumulate(rises.cpu().numpy())
+            runner.step()
+            evidence.progress((depth + 1) / len(runner.paths))
+    return scores
+
+
+def _input_moments(runner: LayerRunner, groups: Sequence[UnitGroup], last: bool) -> dict[str, Tensor]:
+    """Return sum over unpadded tokens of h h^T (n, n) at the groups' output projections, running one layer."""
+    consumers = {g.name: runner.model.get_submodule(g.consumer) for g in groups}
+    moments = {
+        g.name: torch.zeros(g.size * g.width, g.size * g.width, dtype=torch.float64, device=runner.device)
+        for g in groups
+    }
+    for number, feed in enumerate(runner.feeds):
+        with Taps(consumers, stop_at=groups[-1].name if last else "") as taps, suppress(Stop):
+            runner.run(number)
+        mask = feed.to(runner.device).inputs["attention_mask"].unsqueeze(-1)
+        for g in groups:
+            h = (taps.inputs[g.name] * mask).flatten(0, -2)
+            moments[g.name] += (h.T @ h).double()
+    return moments
+
+
+def eliminate(moments: Tensor, weight: Tensor, metric: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return the units in the order of their elimination (units,) and the rise of tr(E[e e^T] metric) at each.
+
+    `moments` (n, n) is E[h h^T] of the projection's inputs, `weight` (d, n) the projection, `metric` (d, d)
+    weighs its output errors e. With P = moments^-1, cutting the columns C costs
+    tr(V_C P_CC^-1 V_C^T), V = metric^(1/2) W; then V -= V_C P_CC^-1 P_C and P -= P_:C P_CC^-1 P_C.
+    """
+    n = moments.shape[0]
+    eye = torch.eye(n, dtype=torch.float64, device=moments.device)
+    scale = moments.diagonal().mean()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    p = torch.linalg.inv(moments + RIDGE * scale * eye)
+    values, vectors = torch.linalg.eigh(metric.double())
+    v = (vectors * values.clamp(min=0).sqrt()).T @ weight.double()
+    alive = torch.arange(n // width, device=moments.device)
+    block = max(1, len(alive) // BLOCKS) if width == 1 else 1
+    order, rises = [], []
+    while len(alive):
+        costs = _unit_costs(p, v, width)
+        ranked = torch.argsort(costs, stable=True)
+        cut, kept = ranked[:block], ranked[block:].sort().values
+        c, k = _columns(cut, width), _columns(kept, width)
+        solved = torch.linalg.solve(p[c][:, c], torch.cat([v[:, c].T, p[c][:, k]], dim=1))
+        taken, taught = solved[:, : len(v)], solved[:, len(v) :]
+        share = costs[cut] / costs[cut].sum().clamp(min=torch.finfo(torch.float64).tiny)
+        rises.append((v[:, c].T * taken).sum() * share)
+        order.append(alive[cut])
+        v = v[:, k] - v[:, c] @ taught
+        p = p[k][:, k] - p[k][:, c] @ taught
+        alive = alive[kept]
+    return torch.cat(order), torch.cat(rises)
+
+
+def _unit_costs(p: Tensor, v: Tensor, width: int) -> Tensor:
+    """Return tr(V_u P_uu^-1 V_u^T) of every unit (units,)."""
+    if width == 1:
+        return v.square().sum(0) / p.diagonal()
+    units = len(p) // width
+    blocks = p.reshape(units, width, units, width).diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (units, width, width)
+    columns = v.T.reshape(units, width, -1)
+    return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+
+
+def _columns(units: Tensor, width: int) -> Tensor:
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()

@@ -1,0 +1,154 @@
+"""One dense model with its data: prune it in many ways, compare each with the dense one on the whole split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..calibration import sample_indices
+from ..checkpoint import input_names, load_config, load_dense
+from ..costs import Budget, encoder_flops
+from ..fidelity import fidelity
+from ..heads import Head
+from ..measuring import Shape, time_models
+from ..predict import predict
+from ..progress import Reporter, Silent
+from ..pruner import Pruner
+from ..runtime_bench.machine import default_threads, describe_machine
+from ..runtime_bench.stats import Ratio
+from ..slicing import slice_model
+from ..stages import Options, PrunedPlan, resolve_device
+from ..tasks import check_task, load_task, task_head
+from ..tasks.base import Row, RowOutput
+from ..units import MaskSet, SlicePlan
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Say what an experiment runs on, and over which budgets and seeds."""
+
+    model: str
+    task: str
+    data: str | None = None
+    keeps: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    samples: int = 2048
+    max_length: int | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    device: str = "auto"
+    runtime: str = "ort-cpu"
+    batch: int = 1
+    seq: int | None = None  # of latency measurements; the calibration rows' mean length by default
+    threads: int | None = None
+
+
+class Lab:
+    """Hold the model, its evaluation split and the dense outputs on it."""
+
+    def __init__(self, setting: Setting, reporter: Reporter | None = None) -> None:
+        self.setting, self.reporter = setting, reporter or Silent()
+        source = str(Path(setting.model).resolve()) if Path(setting.model).is_dir() else setting.model
+        check_task(setting.task, load_config(source))
+        self.head = Head(task_head(setting.task))
+        dense = load_dense(source, self.head.kind)
+        self.device = resolve_device(setting.device)
+        self.model, self.tokenizer = dense.model.to(self.device), dense.tokenizer
+        self.pad_id = int(dense.tokenizer.pad_token_id or 0)
+        self.data = load_task(
+            setting.task,
+            tokenizer=dense.tokenizer,
+            config=self.model.config,
+            data=setting.data,
+            max_length=setting.max_length,
+            text_column=setting.text_column,
+            label_column=setting.label_column,
+        )
+        self._pruner: tuple[Any, Pruner] | None = None
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Return the evaluation rows."""
+        return self.data.evaluation.rows()
+
+    @cached_property
+    def dense(self) -> list[RowOutput]:
+        """Return the dense model's outputs on the evaluation rows."""
+        return predict(self.model, self.head, self.rows, pad_id=self.pad_id)
+
+    @cached_property
+    def dense_row(self) -> dict[str, Any]:
+        """Return the dense model's quality."""
+        score = self.data.evaluation.score(self.dense, self.dense)
+        return {"metric": self.data.metric, "value": score.get(self.data.metric or "")}
+
+    def pruner(self, seed: int, samples: int | None = None) -> Pruner:
+        """Return the pruner on a seed's calibration rows; the last one is kept, with what it has computed."""
+        key = (seed, samples or self.setting.samples)
+        if self._pruner is None or self._pruner[0] != key:
+            train = self.data.train
+            rows = train.encode(sample_indices(len(train), key[1], seed))
+            self._pruner = key, Pruner(self.model, self.head, rows, pad_id=self.pad_id, reporter=self.reporter)
+        return self._pruner[1]
+
+    def prune(
+        self, keep: float | Budget, seed: int, options: Options, *, samples: int | None = None
+    ) -> tuple[PrunedPlan, nn.Module]:
+        """Return the plan and the sliced model."""
+        budget = keep if isinstance(keep, Budget) else Budget(keep)
+        found = self.pruner(seed, samples).prune(budget, options)
+        sliced = found.sliced
+        return found, slice_model(self.model, found.groups, found.plan) if sliced is None else sliced
+
+    def compare(self, model: nn.Module) -> dict[str, Any]:
+        """Return a model's quality, and its distance from the dense one, on the whole split."""
+        outputs = predict(model, self.head, self.rows, pad_id=self.pad_id)
+        distance = fidelity(self.head.kind, self.dense, outputs)
+        distance.pop("max_abs")
+        return {"value": self.data.evaluation.score(outputs, self.dense).get(self.data.metric or ""), **distance}
+
+    def describe(self, found: PrunedPlan) -> dict[str, Any]:
+        """Return a plan's kept share of the encoder's FLOPs, its counts per layer and the seconds it took."""
+        seconds = {s["name"]: s["seconds"] for s in found.stages}
+        share = encoder_flops(found.groups, found.seq_len, found.plan) / encoder_flops(found.groups, found.seq_len)
+        return {
+            "kept_flops": share,
+            "seq_len": found.seq_len,
+            "seconds": round(sum(seconds.values()), 2),
+            "stage_seconds": seconds,
+            "declined": [d["group"] for s in found.stages for d in s.get("declined", [])],
+            "layers": found.plan.layer_counts(),
+        }
+
+    def whole(self) -> nn.Module:
+        """Return the dense model in the form that `latency` takes."""
+        groups = self.pruner(self.setting.seeds[0]).groups
+        return slice_model(self.model, groups, SlicePlan.from_masks(groups, MaskSet.ones(groups)))
+
+    def latency(self, models: Mapping[str, nn.Module], seconds: float = 2.0) -> dict[str, tuple[float, Ratio]]:
+        """Return the median in ms and the ratio to dense of every model, all measured side by side."""
+        on_cpu = {"dense": self.whole().cpu(), **{name: model.cpu() for name, model in models.items()}}
+        inputs = input_names(self.model, self.tokenizer)
+        return time_models(on_cpu, self.head, self.tokenizer, inputs, self.shape, seconds)
+
+    @property
+    def shape(self) -> Shape:
+        """Return where latencies are measured."""
+        s = self.setting
+        seq = s.seq or int(np.ceil(np.mean([r.length for r in self.pruner(s.seeds[0]).rows])))
+        return Shape(s.runtime, s.batch, seq, s.threads or default_threads())
+
+    def machine(self) -> dict[str, Any]:
+        """Describe the machine."""
+        return describe_machine(self.setting.threads or default_threads())
+
+
+def with_keeps(keeps: Sequence[float], default: Sequence[float]) -> Sequence[float]:
+    """Return the asked budgets, or an experiment's own."""
+    return keeps or default

@@ -1,0 +1,93 @@
+"""The measured latency of every head and neuron count, as `probe` writes it and the search reads it. No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import InputError
+from .units import UnitGroup, UnitKind
+
+SCHEMA_VERSION = "1.0"
+
+
+class KindTable(BaseModel):
+    """Hold one kind of sub-layer's latency at a grid of counts; `low_ms` and `high_ms` are its interval."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    size: int
+    width: int
+    counts: list[int]
+    ms: list[float]
+    low_ms: list[float]
+    high_ms: list[float]
+
+    @model_validator(mode="after")
+    def _fits(self) -> KindTable:
+        if self.counts != sorted(set(self.counts)) or self.counts[0] != 0 or self.counts[-1] != self.size:
+            raise ValueError(f"counts must rise from 0 to {self.size}")
+        if not len(self.counts) == len(self.ms) == len(self.low_ms) == len(self.high_ms):
+            raise ValueError("counts and milliseconds differ in length")
+        if any(b < a for a, b in zip(self.ms, self.ms[1:], strict=False)) or self.ms[0] < 0:
+            raise ValueError("the milliseconds must not fall with the count")
+        return self
+
+
+class LatencyTable(BaseModel):
+    """Hold what one layer's attention and FFN take at every count, and what the rest of the model takes, in ms."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal["1.0"] = SCHEMA_VERSION
+    runtime: str
+    batch: int
+    seq: int
+    threads: int | None = None
+    hidden: int
+    layers: int
+    base_ms: float = Field(ge=0)
+    dense_ms: float
+    kinds: dict[UnitKind, KindTable]
+    machine: dict[str, Any] = Field(default_factory=dict)
+
+    def check(self, groups: Sequence[UnitGroup]) -> None:
+        """Raise InputError when the groups are not of the shapes that were measured."""
+        for g in groups:
+            table = self.kinds.get(g.kind)
+            measured = None if table is None else (table.size, table.width, self.hidden)
+            if measured != (g.size, g.width, g.hidden):
+                raise InputError(
+                    f"The latency table was measured on another architecture: {g.name} has {g.size} {g.kind}s of width"
+                    f" {g.width} on {g.hidden} features, the table has {measured or 'none of that kind'}.",
+                    hint="Probe this very model: deploy-prune probe MODEL.",
+                )
+        layers = 1 + max(g.layer for g in groups)
+        if layers != self.layers:
+            raise InputError(
+                f"The latency table was measured on {self.layers} layers, the model has {layers}.",
+                hint="Probe this very model: deploy-prune probe MODEL.",
+            )
+
+    def costs(self, group: UnitGroup) -> np.ndarray:
+        """Return the milliseconds of a group at every count (size + 1,), linear between measured counts."""
+        table = self.kinds[group.kind]
+        return np.interp(np.arange(group.size + 1), table.counts, table.ms)
+
+
+def read_latency_table(path: str | Path) -> LatencyTable:
+    """Read a table written by `probe`. Raises InputError for a file that is not one."""
+    try:
+        return LatencyTable.model_validate(json.loads(Path(path).read_text("utf-8")))
+    except OSError as error:
+        raise InputError(f"Could not read the latency table {path}: {error.strerror}.") from error
+    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise InputError(
+            f"{path} is not a latency table: {reason}.", hint="Make one: deploy-prune probe MODEL --out lut.json"
+        ) from error

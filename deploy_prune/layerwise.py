@@ -1,0 +1,184 @@
+"""Run an encoder layer by layer over many batches, keeping the hidden states of one depth only."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .archs import arch_of
+from .batches import Batch
+from .heads import Head
+
+DEFAULT_CACHE_BYTES = 16_000_000_000
+
+
+class Stop(Exception):
+    """End a forward pass once everything wanted has been seen."""
+
+
+class Taps:
+    """Record the first input and the output of modules while they run; `stop_at` names one to stop before."""
+
+    def __init__(self, modules: dict[str, nn.Module], stop_at: str = "") -> None:
+        self.modules, self.stop_at = modules, stop_at
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Taps:
+        self.handles = []
+        for name, module in self.modules.items():
+            self.handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self._after(name)))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _before(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.inputs[name] = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            if name == self.stop_at:
+                raise Stop
+
+        return hook
+
+    def _after(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.outputs[name] = first(output)
+
+        return hook
+
+
+def first(output: Any) -> Tensor:
+    """Return a layer's hidden states, whether it gives them alone or in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class StateCache:
+    """Keep arrays of hidden states (B, T, d) by batch, in memory-mapped files; on a GPU, in its memory.
+
+    Batches beyond `most_bytes` are not kept: their states are computed anew whenever they are needed.
+    """
+
+    def __init__(
+        self,
+        feeds: Sequence[Batch],
+        hidden: int,
+        arrays: int,
+        device: torch.device,
+        most_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
+        self.shapes = [(*f.inputs["input_ids"].shape, hidden) for f in feeds]
+        sizes = [b * t * d for b, t, d in self.shapes]
+        self.needed_bytes = 4 * arrays * sum(sizes)
+        self.offsets, used = [], 0
+        for size in sizes:
+            fits = 4 * arrays * (used + size) <= most_bytes
+            self.offsets.append(used if fits else None)
+            used += size if fits else 0
+        self.used, self.device = used, device
+        self.kept_bytes = 4 * arrays * used
+
+    def __enter__(self) -> StateCache:
+        self._folder = tempfile.TemporaryDirectory(prefix="deploy-prune-states-")
+        self._roles = 0
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._folder.cleanup()
+
+    def holds(self, number: int) -> bool:
+        """Say whether a batch's states are kept."""
+        return self.offsets[number] is not None
+
+    def role(self) -> States:
+        """Return a new array of states. Raises OSError when the disk is full."""
+        if self.device.type == "cuda" or self.used == 0:
+            return States(self, torch.empty(self.used, device=self.device))
+        path = Path(self._folder.name) / f"{self._roles}.bin"
+        self._roles += 1
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 4 * self.used)  # a mapped file on a full disk would kill the process
+        return States(self, torch.from_file(str(path), shared=True, size=self.used, dtype=torch.float32))
+
+
+class States:
+    """Hold one array of a cache: a tensor (B, T, d) per batch."""
+
+    def __init__(self, cache: StateCache, data: Tensor) -> None:
+        self.cache, self.data = cache, data
+
+    def _view(self, number: int) -> Tensor | None:
+        offset, shape = self.cache.offsets[number], self.cache.shapes[number]
+        return None if offset is None else self.data[offset : offset + shape[0] * shape[1] * shape[2]].view(shape)
+
+    def get(self, number: int) -> Tensor | None:
+        """Return a copy of a batch's states, or None where they are not kept."""
+        view = self._view(number)
+        return None if view is None else view.clone()
+
+    def put(self, number: int, value: Tensor) -> None:
+        """Keep a batch's states where there is room."""
+        view = self._view(number)
+        if view is not None:
+            view.copy_(value)
+
+
+class LayerRunner:
+    """Run one model's layers over batches; the hidden states that enter layer `depth` are kept in a cache."""
+
+    def __init__(self, model: nn.Module, head: Head, feeds: Sequence[Batch], cache: StateCache) -> None:
+        self.model, self.head, self.feeds = model, head, feeds
+        self.paths = arch_of(model).layer_paths(model)
+        self.device = next(model.parameters()).device
+        self.states = cache.role()
+        self.depth = 0
+
+    def layer(self, depth: int) -> nn.Module:
+        """Return a layer."""
+        return self.model.get_submodule(self.paths[depth])
+
+    def inputs(self, number: int, depth: int | None = None) -> tuple[Tensor, Any, Any]:
+        """Return what enters a layer (default: the current one): hidden states (B, T, d), other arguments."""
+        hidden, args, kwargs = self._embed(self.feeds[number])
+        depth = self.depth if depth is None else depth
+        kept = self.states.get(number) if depth == self.depth > 0 else None
+        if kept is not None:
+            return kept, args, kwargs
+        for below in range(depth):
+            hidden = first(self.layer(below)(hidden, *args, **kwargs))
+        return hidden, args, kwargs
+
+    def run(self, number: int) -> None:
+        """Run the current layer on a batch and keep what enters the next one; `step` when all are done."""
+        hidden, args, kwargs = self.inputs(number)
+        self.states.put(number, first(self.layer(self.depth)(hidden, *args, **kwargs)))
+
+    def step(self) -> None:
+        """Go on to the next layer."""
+        self.depth += 1
+
+    def _embed(self, batch: Batch) -> tuple[Tensor, Any, Any]:
+        """Run the embeddings; return the first layer's hidden states (B, T, d) and its other arguments."""
+        found: list[Any] = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.extend((args, kwargs))
+            raise Stop
+
+        handle = self.layer(0).register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            self.head.outputs(self.model, batch.to(self.device).inputs)
+        except Stop:
+            args, kwargs = found
+            return args[0], args[1:], kwargs
+        finally:
+            handle.remove()
+        raise RuntimeError(f"{self.paths[0]} did not run")

@@ -1,0 +1,244 @@
+"""The pruning itself, stage by stage, for any loaded model with an adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .archs import check_config
+from .batches import Batches
+from .calibration import CalibrationStats, calibrate, check_finite
+from .compensate import Solver, get_solver, sweep
+from .costs import Budget, Limit
+from .criteria import Criterion, Evidence, get_criterion
+from .criteria.fisher import PAPER_BATCH_ROWS
+from .heads import Head
+from .progress import Reporter, Silent
+from .rearrange import rearrange
+from .search import Scores, Search, search
+from .slicing import slice_model
+from .stages import DTYPES, Options, PrunedPlan, Recorder
+from .tasks.base import Row
+from .units import GroupPlan, SlicePlan, UnitGroup
+
+
+class Pruner:
+    """Prune one model with one set of calibration rows, to any number of budgets.
+
+    What does not depend on the budget is done once: the calibration's pass and every criterion's scores.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head: Head,
+        rows: Sequence[Row],
+        *,
+        pad_id: int = 0,
+        reporter: Reporter | None = None,
+    ) -> None:
+        self.model, self.head, self.rows, self.pad_id = model, head, rows, pad_id
+        self.reporter = reporter or Silent()
+        self.groups = check_config(model.config).groups(model)
+        self.batches = Batches(rows, head, pad_id)
+        self.device = next(model.parameters()).device
+        self._calibrated: dict[tuple[Any, ...], tuple[CalibrationStats, dict[str, Any]]] = {}
+        self._scored: dict[tuple[Any, ...], tuple[Scores, dict[str, Any]]] = {}
+
+    def prune(self, budget: Budget, options: Options | None = None) -> PrunedPlan:
+        """Calibrate, score, search, rearrange and compensate on the model's device; the model is not changed.
+
+        Raises InfeasibleBudgetError, UnsupportedModelError or InputError.
+        """
+        asked = options or Options()
+        options = asked.resolved(self.groups)
+        criterion = get_criterion(options.criterion)
+        recorder = Recorder(self.device)
+        stats = self._calibrate(options, criterion, recorder)
+        scores = self._score(options, criterion, stats, recorder)
+        seq_len = budget.seq_len or math.ceil(np.mean([r.length for r in self.rows]))
+        limits = budget.limits(self.groups, seq_len, sum(p.numel() for p in self.model.parameters()))
+
+        with recorder.stage("search") as record, self.reporter.stage("search"):
+            found = _search(self.groups, scores, limits, options)
+            masks = found.masks
+            plan = SlicePlan.from_masks(self.groups, masks)
+            kept = sum(float(scores[g.name][list(plan[g.name].kept)].sum()) for g in self.groups)
+            total = sum(float(s.sum()) for s in scores.values())
+            record |= {
+                "method": options.search,
+                "scope": options.scope,
+                "solver": found.solver,
+                "gap": found.gap,
+                "min_heads": options.min_heads,
+                "min_neurons": options.min_neurons,
+                "align": options.align,
+                "kept_importance": kept / total if total > 0 else 1.0,
+            }
+
+        if options.rearrange == "none" or stats is None:
+            why = "off by default before the refit" if asked.rearrange == "auto" else "switched off"
+            recorder.skip("rearrange", why)
+        else:
+            with recorder.stage("rearrange") as record, self.reporter.stage("rearrange"):
+                masks, objectives = rearrange(self.groups, masks, _gradients(stats, options))
+                plan = SlicePlan.from_masks(self.groups, masks)
+                record |= {
+                    "fisher_granularity": options.rearrange,
+                    "objective_before": sum(before for before, _ in objectives.values()),
+                    "objective_after": sum(after for _, after in objectives.values()),
+                }
+
+        reached = [_reached(limit, found) for limit in limits]
+        result = PrunedPlan(plan, self.groups, seq_len, reached, stages=recorder.records)
+        if options.compensate == "none" or stats is None:
+            recorder.skip("compensate", "switched off")
+        else:
+            with recorder.stage("compensate") as record, self.reporter.stage("compensate") as progress:
+                solver = get_solver(options.compensate)
+                teacher = self._teacher(scores, stats, limits, options, solver)
+                student = slice_model(self.model, self.groups, plan)
+                swept = sweep(
+                    student,
+                    teacher,
+                    self.groups,
+                    plan,
+                    self.head,
+                    self.batches,
+                    solver,
+                    stats.saliency,
+                    progress,
+                    cache_bytes=options.cache_bytes,
+                )
+                result.updates = swept.updates
+                result.plan = with_scales(plan, swept.scales)
+                result.sliced = student
+                record |= {
+                    "method": options.compensate,
+                    "residual_before": sum(entry.residual_before for entry in swept.log),
+                    "residual_after": sum(entry.residual_after for entry in swept.log),
+                    "groups": [vars(entry) for entry in swept.log],
+                    "declined": [{"group": e.group, "reason": e.reason} for e in swept.log if not e.accepted],
+                    "state_bytes": swept.state_bytes,
+                }
+        return result
+
+    def _calibrate(self, options: Options, criterion: Criterion, recorder: Recorder) -> CalibrationStats | None:
+        if criterion.data_free and options.rearrange == options.compensate == "none":
+            recorder.skip("calibrate", f"nothing of {options.criterion} needs data")
+            return None
+        key = (options.label_free, options.seed, options.forward_dtype)
+        known = self._calibrated.get(key)
+        if known and (known[0].gradient_moments or not criterion.gradient_moments):
+            recorder.repeat(known[1])
+            return known[0]
+        with recorder.stage("calibrate") as record, self.reporter.stage("calibrate") as progress:
+            stats = calibrate(
+                self.model,
+                self.groups,
+                self.head,
+                self.rows,
+                pad_id=self.pad_id,
+                label_free=options.label_free,
+                seed=options.seed,
+                forward_dtype=DTYPES[options.forward_dtype],
+                gradient_moments=criterion.gradient_moments,
+                progress=progress,
+            )
+            check_finite(stats)
+            record |= {
+                "samples": len(self.rows),
+                "sample_hash": stats.sample_hash,
+                "tokens": int(stats.tokens),
+                "mean_length": stats.mean_length,
+                "mean_loss": float(stats.mean_loss),
+                "label_free": options.label_free,
+                "forward_dtype": options.forward_dtype,
+            }
+        self._calibrated[key] = stats, record
+        return stats
+
+    def _score(
+        self, options: Options, criterion: Criterion, stats: CalibrationStats | None, recorder: Recorder
+    ) -> Scores:
+        key = (options.criterion, options.label_free, options.seed, options.forward_dtype)
+        if key in self._scored:
+            recorder.repeat(self._scored[key][1])
+            return self._scored[key][0]
+        with recorder.stage("score") as record, self.reporter.stage("score") as progress:
+            evidence = Evidence(
+                self.model,
+                self.groups,
+                seed=options.seed,
+                head=self.head,
+                batches=self.batches,
+                stats=stats,
+                cache_bytes=options.cache_bytes,
+                progress=progress,
+            )
+            scores = criterion(evidence)
+            record |= {"criterion": options.criterion, "data_free": criterion.data_free}
+        self._scored[key] = scores, record
+        return scores
+
+    def _teacher(
+        self, scores: Scores, stats: CalibrationStats, limits: Sequence[Limit], options: Options, solver: Solver
+    ) -> nn.Module:
+        """Return the dense model, or for mask tuning the one searched and rearranged at a larger budget."""
+        larger = [Limit.share(limit.table, solver.teacher_keep(limit.keep)) for limit in limits]
+        if all(limit.keep >= 1.0 for limit in larger):
+            return self.model
+        masks = _search(self.groups, scores, larger, options).masks
+        if options.rearrange != "none":
+            masks, _ = rearrange(self.groups, masks, _gradients(stats, options))
+        return slice_model(self.model, self.groups, SlicePlan.from_masks(self.groups, masks))
+
+
+def prune_rows(
+    model: nn.Module,
+    head: Head,
+    rows: Sequence[Row],
+    budget: Budget,
+    *,
+    pad_id: int = 0,
+    options: Options | None = None,
+    reporter: Reporter | None = None,
+) -> PrunedPlan:
+    """Prune once; see `Pruner.prune`."""
+    return Pruner(model, head, rows, pad_id=pad_id, reporter=reporter).prune(budget, options)
+
+
+def _search(groups: Sequence[UnitGroup], scores: Scores, limits: Sequence[Limit], options: Options) -> Search:
+    return search(groups, scores, limits, options.minimum, method=options.search, scope=options.scope)
+
+
+def _reached(limit: Limit, found: Search) -> dict[str, Any]:
+    kind = limit.table.kind
+    return {
+        "kind": kind,
+        "keep": limit.keep,
+        "limit": limit.most,
+        "reached": found.costs[kind],
+        "dense": limit.table.dense,
+    }
+
+
+def _gradients(stats: CalibrationStats, options: Options) -> dict[str, torch.Tensor]:
+    if options.rearrange == "sample":
+        return stats.gradients
+    return {name: stats.batch_gradients(name, PAPER_BATCH_ROWS) for name in stats.gradients}
+
+
+def with_scales(plan: SlicePlan, scales: Mapping[str, torch.Tensor]) -> SlicePlan:
+    """Return the plan with new scales (kept units,) for the named groups."""
+
+    def scaled(g: GroupPlan) -> GroupPlan:
+        return replace(g, scales=tuple(scales[g.name].tolist())) if g.name in scales else g
+
+    return SlicePlan(tuple(scaled(g) for g in plan.groups))
