@@ -61,6 +61,8 @@ class Recipe(BaseModel):
         default="global", description="Units compete in the whole model, or (local) every layer keeps the same share."
     )
 
+    steps: int = _field(1, "Prune in so many steps of a cubic schedule, with fresh statistics in each.", ge=1)
+
     samples: int = _field(2048, "Training rows to calibrate on, drawn without replacement.")
     seed: int = _field(0, "Seed of the draw.", ge=0)
     device: str = _field("auto", "auto, cpu, cuda or cuda:N.")

@@ -83,6 +83,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
                 search=recipe.search,
                 scope=recipe.scope,
                 cache_gb=recipe.cache_gb,
+                steps=recipe.steps,
                 seed=recipe.seed,
                 forward_dtype=recipe.forward_dtype,
             ),

@@ -14,14 +14,16 @@ from torch import nn
 from .archs import check_config
 from .batches import Batches
 from .calibration import CalibrationStats, calibrate, check_finite
-from .compensate import Solver, get_solver, sweep
+from .compensate import Solver, SweepResult, get_solver, sweep
 from .costs import Budget, Limit
 from .criteria import Criterion, Evidence, get_criterion
+from .criteria.base import Scores
 from .criteria.fisher import PAPER_BATCH_ROWS
 from .heads import Head
-from .progress import Reporter, Silent
+from .masking import mask_model
+from .progress import Progress, Reporter, Silent
 from .rearrange import rearrange
-from .search import Scores, Search, search
+from .search import Search, search
 from .slicing import slice_model
 from .stages import DTYPES, Options, PrunedPlan, Recorder
 from .tasks.base import Row
@@ -65,6 +67,9 @@ class Pruner:
         seq_len = budget.seq_len or math.ceil(np.mean([r.length for r in self.rows]))
         limits = budget.limits(self.groups, seq_len, sum(p.numel() for p in self.model.parameters()))
 
+        if options.steps > 1 and stats is not None:
+            scores = self._renew(scores, stats, limits, options, recorder)
+
         with recorder.stage("search") as record, self.reporter.stage("search"):
             found = _search(self.groups, scores, limits, options)
             masks = found.masks
@@ -101,21 +106,7 @@ class Pruner:
             recorder.skip("compensate", "switched off")
         else:
             with recorder.stage("compensate") as record, self.reporter.stage("compensate") as progress:
-                solver = get_solver(options.compensate)
-                teacher = self._teacher(scores, stats, limits, options, solver)
-                student = slice_model(self.model, self.groups, plan)
-                swept = sweep(
-                    student,
-                    teacher,
-                    self.groups,
-                    plan,
-                    self.head,
-                    self.batches,
-                    solver,
-                    stats.saliency,
-                    progress,
-                    cache_bytes=options.cache_bytes,
-                )
+                student, swept = self._compensate(plan, scores, stats, limits, options, progress)
                 result.updates = swept.updates
                 result.plan = with_scales(plan, swept.scales)
                 result.sliced = student
@@ -139,19 +130,7 @@ class Pruner:
             recorder.repeat(known[1])
             return known[0]
         with recorder.stage("calibrate") as record, self.reporter.stage("calibrate") as progress:
-            stats = calibrate(
-                self.model,
-                self.groups,
-                self.head,
-                self.rows,
-                pad_id=self.pad_id,
-                label_free=options.label_free,
-                seed=options.seed,
-                forward_dtype=DTYPES[options.forward_dtype],
-                gradient_moments=criterion.gradient_moments,
-                progress=progress,
-            )
-            check_finite(stats)
+            stats = self._statistics(self.model, options, criterion, progress)
             record |= {
                 "samples": len(self.rows),
                 "sample_hash": stats.sample_hash,
@@ -172,20 +151,105 @@ class Pruner:
             recorder.repeat(self._scored[key][1])
             return self._scored[key][0]
         with recorder.stage("score") as record, self.reporter.stage("score") as progress:
-            evidence = Evidence(
-                self.model,
-                self.groups,
-                seed=options.seed,
-                head=self.head,
-                batches=self.batches,
-                stats=stats,
-                cache_bytes=options.cache_bytes,
-                progress=progress,
-            )
-            scores = criterion(evidence)
+            scores = criterion(self._evidence(self.model, options, stats, progress))
             record |= {"criterion": options.criterion, "data_free": criterion.data_free}
         self._scored[key] = scores, record
         return scores
+
+    def _compensate(
+        self,
+        plan: SlicePlan,
+        scores: Scores,
+        stats: CalibrationStats,
+        limits: Sequence[Limit],
+        options: Options,
+        progress: Progress,
+    ) -> tuple[nn.Module, SweepResult]:
+        """Return the sliced and compensated model, and what the sweep found."""
+        solver = get_solver(options.compensate)
+        teacher = self._teacher(scores, stats, limits, options, solver)
+        student = slice_model(self.model, self.groups, plan)
+        swept = sweep(
+            student,
+            teacher,
+            self.groups,
+            plan,
+            self.head,
+            self.batches,
+            solver,
+            stats.saliency,
+            progress,
+            cache_bytes=options.cache_bytes,
+        )
+        return student, swept
+
+    def _renew(
+        self,
+        scores: Scores,
+        stats: CalibrationStats,
+        limits: Sequence[Limit],
+        options: Options,
+        recorder: Recorder,
+    ) -> Scores:
+        """Prune in steps by the cubic schedule; return the scores on the model of the last step but one.
+
+        After each step the model is masked and compensated, and its statistics are taken anew; what is cut
+        is worth nothing from then on. Source: Zhu and Gupta 2017, To Prune or Not to Prune, equation 1.
+        """
+        criterion = get_criterion(options.criterion)
+        for step in range(1, options.steps):
+            with recorder.stage(f"step {step}") as record, self.reporter.stage(f"step {step}") as progress:
+                done = 1 - (1 - step / options.steps) ** 3
+                partly = [Limit.share(x.table, 1 - (1 - x.keep) * done) for x in limits]
+                plan = SlicePlan.from_masks(self.groups, _search(self.groups, scores, partly, options).masks)
+                updates = {}
+                if options.compensate != "none":
+                    swept = self._compensate(plan, scores, stats, partly, options, lambda share: progress(share / 2))
+                    plan, updates = with_scales(plan, swept[1].scales), swept[1].updates
+                masked = mask_model(self.model, self.groups, plan, updates)
+                fresh = self._statistics(masked, options, criterion, lambda share: progress(0.5 + share / 2))
+                evidence = self._evidence(masked, options, fresh)
+                scores = criterion(evidence)
+                for g in self.groups:
+                    scores[g.name][sorted(set(range(g.size)) - set(plan[g.name].kept))] = 0.0
+                record |= {"kept": [x.keep for x in partly], "mean_loss": float(fresh.mean_loss)}
+        return scores
+
+    def _statistics(
+        self, model: nn.Module, options: Options, criterion: Criterion, progress: Progress
+    ) -> CalibrationStats:
+        stats = calibrate(
+            model,
+            self.groups,
+            self.head,
+            self.rows,
+            pad_id=self.pad_id,
+            label_free=options.label_free,
+            seed=options.seed,
+            forward_dtype=DTYPES[options.forward_dtype],
+            gradient_moments=criterion.gradient_moments,
+            progress=progress,
+        )
+        check_finite(stats)
+        return stats
+
+    def _evidence(
+        self,
+        model: nn.Module,
+        options: Options,
+        stats: CalibrationStats | None,
+        progress: Progress = lambda share: None,
+    ) -> Evidence:
+        return Evidence(
+            model,
+            self.groups,
+            seed=options.seed,
+            head=self.head,
+            batches=self.batches,
+            stats=stats,
+            cache_bytes=options.cache_bytes,
+            progress=progress,
+        )
 
     def _teacher(
         self, scores: Scores, stats: CalibrationStats, limits: Sequence[Limit], options: Options, solver: Solver

@@ -38,6 +38,7 @@ class Options:
     align: int = 1
     search: Literal["exact", "paper"] = "exact"
     scope: Literal["global", "local"] = "global"
+    steps: int = 1
     seed: int = 0
     forward_dtype: str = "fp32"
     cache_gb: float = 16.0

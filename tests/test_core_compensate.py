@@ -16,6 +16,7 @@ from deploy_prune.batches import Batch, Batches
 from deploy_prune.compensate import MaskTuning, Refit, get_solver, sweep
 from deploy_prune.compensate.layers import token_weights
 from deploy_prune.compensate.moments import Moments
+from deploy_prune.compensate.refit import RIDGES, _ridge_fit
 from deploy_prune.compensate.solution import Solution
 from deploy_prune.costs import Budget
 from deploy_prune.criteria import Criterion, Evidence
@@ -75,6 +76,23 @@ def test_refit_is_the_ridge_solution(ridge: float, weighted: bool) -> None:
     assert found.bias.numpy() == pytest.approx(expected[6], rel=1e-3, abs=1e-4)
     assert float(found.after) <= float(found.before)
     assert found.decline_reason() is None
+
+
+@pytest.mark.parametrize("noise", [0.0, 30.0])
+def test_the_ridge_is_the_best_on_held_out_tokens(noise: float) -> None:
+    """Clean targets take the weakest ridge, few noisy tokens a strong one."""
+    g = torch.Generator().manual_seed(0)
+    n, d, w0 = 30, 5, torch.zeros(5, 30)
+    truth = torch.randn(n, d, generator=g)
+    fit, held = (Moments(n, d, w0.device) for _ in range(2))
+    for moments in (fit, held):
+        h = torch.randn(1, 40, n, generator=g)
+        moments.add(h, h @ truth + noise * torch.randn(1, 40, d, generator=g), torch.ones(1, 40))
+    found = Refit().solve(group(), w0, torch.zeros(d), fit, held)
+    errors = [float(held.residual(*_ridge_fit(w0, fit, torch.tensor(r))[:2])) for r in RIDGES]
+    assert float(found.ridge) == RIDGES[int(np.argmin(errors))] == (RIDGES[-1] if noise else RIDGES[0])  # type: ignore[arg-type]
+    again = Refit(ridge=float(found.ridge)).solve(group(), w0, torch.zeros(d), fit + held)  # type: ignore[arg-type]
+    assert torch.allclose(found.weight, again.weight)
 
 
 def test_refit_without_inputs_is_the_mean() -> None:
@@ -182,8 +200,10 @@ class FailsOnce(Refit):
 
     bad: str = "L00.neurons"
 
-    def solve(self, group: UnitGroup, weight: Any, bias: Any, moments: Moments) -> Solution:
-        solution = super().solve(group, weight, bias, moments)
+    def solve(
+        self, group: UnitGroup, weight: Any, bias: Any, moments: Moments, held: Moments | None = None
+    ) -> Solution:
+        solution = super().solve(group, weight, bias, moments, held)
         if group.name == self.bad:
             solution.weight = torch.full_like(solution.weight, torch.nan)
         return solution

@@ -189,3 +189,23 @@ def test_a_criterion_of_another_package_is_checked(monkeypatch: pytest.MonkeyPat
 def test_the_criterion_follows_the_compensation(options: Options, criterion: str) -> None:
     made = prune_rows(tiny_model("bert"), Head("classification"), tiny_rows(64), Budget(0.5), options=options)
     assert made.stages[1]["criterion"] == criterion
+
+
+@pytest.mark.parametrize("compensate", ["none", "refit", "mask-tuning-exact"])
+def test_steps_follow_the_cubic_schedule(compensate: str) -> None:
+    model, rows = tiny_model("bert"), tiny_rows(64)
+    options = Options(criterion="fisher", compensate=compensate, rearrange="none", steps=3, min_neurons=1)
+    made = prune_rows(model, Head("classification"), rows, Budget(0.5), options=options)
+    steps = [s for s in made.stages if s["name"].startswith("step")]
+    assert [s["kept"][0] for s in steps] == pytest.approx([1 - 0.5 * (1 - (2 / 3) ** 3), 1 - 0.5 * (1 - (1 / 3) ** 3)])
+    assert made.limits[0]["reached"] <= made.limits[0]["limit"]
+    one = prune_rows(model, Head("classification"), rows, Budget(0.5), options=replace(options, steps=1))
+    assert not [s for s in one.stages if s["name"].startswith("step")]
+    assert one.plan.hash != made.plan.hash, "renewed statistics choose other units"
+
+
+def test_without_data_nothing_is_calibrated() -> None:
+    options = Options(criterion="magnitude-l2-out", compensate="none", rearrange="none")
+    made = prune_rows(tiny_model("bert"), Head("classification"), tiny_rows(64), Budget(0.5), options=options)
+    assert "skipped" in made.stages[0]
+    assert made.seq_len == int(np.ceil(np.mean([r.length for r in tiny_rows(64)])))

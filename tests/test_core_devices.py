@@ -13,8 +13,10 @@ from deploy_prune.archs import arch_of
 from deploy_prune.batches import Batches
 from deploy_prune.calibration import calibrate
 from deploy_prune.compensate import GroupLog, MaskTuning, Refit, sweep
+from deploy_prune.criteria.obs import eliminate, input_moments
 from deploy_prune.errors import InputError, SystemStateError
 from deploy_prune.heads import Head
+from deploy_prune.layerwise import LayerRunner, StateCache
 from deploy_prune.masking import mask_model
 from deploy_prune.rearrange import swap_round
 from deploy_prune.slicing import slice_model
@@ -40,8 +42,18 @@ def test_pruning_stays_on_the_device(family: str, kind: Any) -> None:
         on_cuda(model)
         groups = arch_of(model).groups(model)
         for label_free in (True,) if kind == "embedding" else (False, True):
-            stats = calibrate(model, groups, head, rows, pad_id=1, label_free=label_free)
-        assert all(g.device == CUDA for g in stats.gradients.values())
+            stats = calibrate(model, groups, head, rows, pad_id=1, label_free=label_free, gradient_moments=True)
+        kept = (stats.gradients, stats.saliency, stats.activation_squares, stats.gradient_moments)
+        assert all(tensor.device == CUDA for part in kept for tensor in part.values())
+        feeds = list(Batches(rows, head, 1))
+        with StateCache(feeds, groups[0].hidden, 1, CUDA) as cache:
+            runner = LayerRunner(model, head, feeds, cache)
+            moments = input_moments(runner, groups[:2], last=False)
+        for g in groups[:2]:
+            order, rises = eliminate(
+                moments[g.name], model.get_submodule(g.consumer).weight, stats.gradient_moments[g.name], g.width
+            )
+            assert order.device == rises.device == CUDA
         for name, gradient in stats.gradients.items():
             half = torch.arange(gradient.shape[1], device=CUDA) % 2 == 0
             moved = swap_round(gradient.T @ gradient, half, gradient.shape[1] // 2)
@@ -54,7 +66,7 @@ def test_pruning_stays_on_the_device(family: str, kind: Any) -> None:
         plan = SlicePlan.from_masks(groups, masks)
         for solver in (Refit(), MaskTuning(solver="exact")):
             student = slice_model(model, groups, plan)
-            swept = sweep(student, model, groups, plan, head, Batches(rows, head, 1), solver)
+            swept = sweep(student, model, groups, plan, head, Batches(rows, head, 1), solver, stats.saliency)
             assert all(p.device == CUDA for p in student.parameters())
             virtual = mask_model(model, groups, plan, swept.updates)
             batch = next(iter(Batches(rows, head, 1))).to(CUDA)

@@ -19,6 +19,8 @@ from ..units import SlicePlan, UnitGroup
 from .moments import Moments
 from .solution import Solution, Solver
 
+HELD_OUT_EVERY = 8  # batches, of which the last is held out; they go from long rows to short ones
+
 
 @dataclass(frozen=True)
 class GroupLog:
@@ -29,6 +31,7 @@ class GroupLog:
     residual_before: float
     residual_after: float
     reason: str | None = None
+    ridge: float | None = None
 
 
 @dataclass
@@ -83,14 +86,16 @@ def sweep(
                 salient = saliency[g.name] if saliency is not None else None
                 columns = plan[g.name].count * g.width
                 moments = Moments(columns, g.hidden, device)
+                held = Moments(columns, g.hidden, device) if solver.holds_out else None
                 for number, feed in enumerate(feeds):
                     target = kept_targets[position].get(number)
                     if target is None:
                         target = _targets(below_t, number, layer_groups, depth)[position]
                     h, residual = _student_inputs(below_s, number, g)
                     weights = token_weights(feed.to(device), cls_only, solver.salient_share, salient)
-                    moments.add(h[..., :columns], target - residual, weights)
-                _solve(student, g, plan, moments, solver, result)
+                    into = held if held is not None and number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else moments
+                    into.add(h[..., :columns], target - residual, weights)
+                _solve(student, g, plan, moments, held, solver, result)
                 progress((depth + (position + 1) / len(layer_groups)) / len(layers))
             if depth < len(layers) - 1:
                 for number in range(len(feeds)):
@@ -137,13 +142,19 @@ def _student_inputs(student: LayerRunner, number: int, group: UnitGroup) -> tupl
 
 
 def _solve(
-    student: nn.Module, group: UnitGroup, plan: SlicePlan, moments: Moments, solver: Solver, result: SweepResult
+    student: nn.Module,
+    group: UnitGroup,
+    plan: SlicePlan,
+    moments: Moments,
+    held: Moments | None,
+    solver: Solver,
+    result: SweepResult,
 ) -> None:
     module = writer(student, group)
     bias = module.bias
     weight = module.weight if plan[group.name].count else bias.new_zeros(group.hidden, 0)
-    solution = solver.solve(group, weight, bias, moments)
-    entry = _judge(group, solution, moments)
+    solution = solver.solve(group, weight, bias, moments, held)
+    entry = _judge(group, solution, moments if held is None else moments + held)
     result.log.append(entry)
     if not entry.accepted:
         return
@@ -161,7 +172,8 @@ def _judge(group: UnitGroup, solution: Solution, moments: Moments) -> GroupLog:
     reason = solution.decline_reason()
     tokens = max(float(moments.count), 1.0)
     before, after = float(solution.before) / tokens, float(solution.after) / tokens
-    return GroupLog(group.name, reason is None, before, after if reason is None else before, reason)
+    ridge = None if solution.ridge is None else float(solution.ridge)
+    return GroupLog(group.name, reason is None, before, after if reason is None else before, reason, ridge)
 
 
 def token_weights(batch: Batch, cls_only: bool, share: float, saliency: Tensor | None) -> Tensor:

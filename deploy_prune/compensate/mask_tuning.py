@@ -31,12 +31,15 @@ class MaskTuning:
     damp: float = 1.0
     salient_share: float = 0.0
     cls_only_last: bool = True
+    holds_out: bool = False
 
     def teacher_keep(self, keep: float) -> float:
         """Return the share that the teacher keeps."""
         return math.sqrt(keep)
 
-    def solve(self, group: UnitGroup, weight: Tensor, bias: Tensor, moments: Moments) -> Solution:
+    def solve(
+        self, group: UnitGroup, weight: Tensor, bias: Tensor, moments: Moments, held: Moments | None = None
+    ) -> Solution:
         """Return the projection with scaled columns, and the scales (units,)."""
         before = moments.residual(weight, bias)
         if weight.shape[1] == 0:

@@ -33,6 +33,12 @@ class Moments:
         self.yy += y.double().square().sum()
         self.count += weight.double().sum()
 
+    def __add__(self, other: Moments) -> Moments:
+        total = Moments(self.hh.shape[0], self.yh.shape[0], self.hh.device)
+        for name in vars(total):
+            setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
+
     def residual(self, weight: Tensor, bias: Tensor) -> Tensor:
         """Return sum |W h + b - y|^2 for weight (d, n) and bias (d,), as a tensor ()."""
         w, b = weight.double(), bias.double()

@@ -16,8 +16,8 @@ from .moments import Moments
 class Solution:
     """Hold a proposed projection: weight (d, n), bias (d,), and the squared error before and after.
 
-    `scales` (units,) is set by mask tuning, whose weight is the old one with scaled columns. `info` is
-    Cholesky's (0 = positive definite). All are tensors, so that solving never waits for the device.
+    `scales` (units,) is set by mask tuning, whose weight is the old one with scaled columns; `ridge` by the
+    refit. `info` is Cholesky's (0 = positive definite). All are tensors, so that solving never waits for the device.
     """
 
     weight: Tensor
@@ -26,6 +26,7 @@ class Solution:
     after: Tensor
     scales: Tensor | None = None
     info: Tensor | None = None
+    ridge: Tensor | None = None
 
     def decline_reason(self, bound: float = 10.0) -> str | None:
         """Say why the proposal must not be used, or None when it may."""
@@ -53,10 +54,17 @@ class Solver(Protocol):
         """Say which part of a row's weight goes to its tokens by saliency, 0 to 1."""
         ...
 
+    @property
+    def holds_out(self) -> bool:
+        """Say whether an eighth of the batches is held out, to choose a setting on."""
+        ...
+
     def teacher_keep(self, keep: float) -> float:
         """Return the share of FLOPs that the teacher keeps, for a student that keeps `keep`."""
         ...
 
-    def solve(self, group: UnitGroup, weight: Tensor, bias: Tensor, moments: Moments) -> Solution:
-        """Return the proposal for weight (d, n) and bias (d,)."""
+    def solve(
+        self, group: UnitGroup, weight: Tensor, bias: Tensor, moments: Moments, held: Moments | None = None
+    ) -> Solution:
+        """Return the proposal for weight (d, n) and bias (d,); `held` are the held-out tokens' moments."""
         ...

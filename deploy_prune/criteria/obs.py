@@ -39,7 +39,7 @@ def obs(evidence: Evidence) -> Scores:
         runner = LayerRunner(evidence.model, head, feeds, cache)
         for depth in range(len(runner.paths)):
             groups = [g for g in evidence.groups if g.layer == depth]
-            moments = _input_moments(runner, groups, last=depth == len(runner.paths) - 1)
+            moments = input_moments(runner, groups, last=depth == len(runner.paths) - 1)
             for g in groups:
                 weight = evidence.model.get_submodule(g.consumer).weight
                 metric = stats.gradient_moments[g.name] / stats.tokens
@@ -51,7 +51,7 @@ def obs(evidence: Evidence) -> Scores:
     return scores
 
 
-def _input_moments(runner: LayerRunner, groups: Sequence[UnitGroup], last: bool) -> dict[str, Tensor]:
+def input_moments(runner: LayerRunner, groups: Sequence[UnitGroup], last: bool) -> dict[str, Tensor]:
     """Return sum over unpadded tokens of h h^T (n, n) at the groups' output projections, running one layer."""
     consumers = {g.name: runner.model.get_submodule(g.consumer) for g in groups}
     moments = {

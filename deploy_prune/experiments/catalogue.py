@@ -131,6 +131,21 @@ def structure(lab: Lab) -> Rows:
             yield row | _timed(timed, row["method"])
 
 
+def latency(lab: Lab) -> Rows:
+    """Quality over measured latency: the paper's three stages and the default, all models side by side."""
+    seed = lab.setting.seeds[0]
+    rows, models = [], {}
+    for keep in with_keeps(lab.setting.keeps, (0.8, 0.7, 0.6, 0.5, 0.4, 0.3)):
+        for method, options in {"paper": PAPER, "default": DEFAULT}.items():
+            found, sliced = lab.prune(keep, seed, options)
+            name = f"{method} {keep:g}"
+            rows.append({"keep": keep, "seed": seed, "method": method, **lab.compare(sliced), **lab.describe(found)})
+            models[name] = sliced
+    timed = lab.latency(models)
+    for row in rows:
+        yield row | _timed(timed, f"{row['method']} {row['keep']:g}")
+
+
 def choosing(lab: Lab) -> Rows:
     """Criteria against each other, with and without the refit; local and global."""
     for seed, keep in product(lab.setting.seeds, with_keeps(lab.setting.keeps, (0.6,))):
@@ -219,6 +234,13 @@ EXPERIMENTS = {
         structure,
         ("keep", "method"),
         (*QUALITY, "kept_flops", *_SPEED, "infeasible_below"),
+        ("ratio_to_dense", "value", "method"),
+    ),
+    "latency": Experiment(
+        "Quality over latency",
+        latency,
+        ("keep", "method"),
+        (*QUALITY, "median_ms", *_SPEED),
         ("ratio_to_dense", "value", "method"),
     ),
     "criteria": Experiment("Criteria", choosing, ("keep", "method", "compensate"), QUALITY),
