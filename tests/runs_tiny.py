@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from models_tiny import tiny_model
 from tasks_tiny import tiny_tokenizer
 
@@ -86,3 +87,12 @@ def _paragraph(rng: random.Random, identity: str) -> dict[str, Any]:
         "answers": [{"text": answer, "answer_start": context.index(answer)}],
     }
     return {"context": context, "qas": [question]}
+
+
+def linear_costs(path: Path) -> None:
+    """Replace a tiny model's latencies, which are mostly noise, by a straight line."""
+    table = json.loads(path.read_text())
+    table |= {"base_ms": 1.0, "dense_ms": 7.0}
+    for kind in table["kinds"].values():
+        kind |= {key: list(np.linspace(0, 1, len(kind["counts"]))) for key in ("ms", "low_ms", "high_ms")}
+    path.write_text(json.dumps(table))

@@ -15,7 +15,6 @@ from deploy_prune.archs import arch_of
 from deploy_prune.batches import Batch, Batches
 from deploy_prune.compensate import MaskTuning, Refit, get_solver, sweep
 from deploy_prune.compensate.layers import token_weights
-from deploy_prune.compensate.moments import Moments
 from deploy_prune.compensate.refit import RIDGES, _ridge_fit
 from deploy_prune.compensate.solution import Solution
 from deploy_prune.costs import Budget
@@ -24,6 +23,7 @@ from deploy_prune.errors import InputError
 from deploy_prune.heads import Head
 from deploy_prune.layerwise import StateCache
 from deploy_prune.masking import mask_model
+from deploy_prune.moments import Moments
 from deploy_prune.predict import predict
 from deploy_prune.pruner import prune_rows, with_scales
 from deploy_prune.slicing import slice_model

@@ -21,7 +21,7 @@ FOLDERS = {
 
 # A room may import rooms of its own line and of the lines above it, never of a line below.
 LAYERS = [
-    "errors units progress",
+    "errors units progress moments",
     "latency_table",
     "archs costs heads tasks bundle config masking modeling_sliced batches fidelity given_masks archives snippets",
     "calibration predict layerwise",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs_tiny import checkpoint, data
+from runs_tiny import checkpoint, data, linear_costs
 from test_core_search import toy_groups
 
 from deploy_prune.bundle import Bundle
@@ -121,11 +121,7 @@ def test_a_latency_budget_from_the_command_line(tmp_path: Path, capsys: pytest.C
     words = ["probe", str(model), "--seq", "8", "--widths", "2", "--seconds", "0.05", "--out", str(lut)]
     assert invoke(words) == 0
     assert "cannot be cut" in capsys.readouterr().out
-    values = json.loads(lut.read_text())
-    values |= {"base_ms": 1.0, "dense_ms": 7.0}  # a tiny model's own figures are mostly noise
-    for kind in values["kinds"].values():
-        kind |= {key: list(np.linspace(0, 1, len(kind["counts"]))) for key in ("ms", "low_ms", "high_ms")}
-    lut.write_text(json.dumps(values))
+    linear_costs(lut)
     common = ["prune", str(model), "--data", str(rows), "--task", "text-classification", "--out", str(out)]
     assert invoke([*common, "--keep-latency", "0.6", "--lut", str(lut), "--keep-params", "0.7"]) == 0
     budget = Bundle.open(out).manifest.budget

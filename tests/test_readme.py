@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs_tiny import checkpoint, data
+from runs_tiny import checkpoint, data, linear_costs
 
 from deploy_prune import demo
 from deploy_prune.cli import invoke
@@ -51,6 +51,8 @@ def test_commands_in_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for line in BASH:
         if line.startswith("deploy-prune"):
             assert invoke(shlex.split(line)[1:]) == 0, line
+        if line.startswith("deploy-prune probe"):
+            linear_costs(folder / "lut.json")
 
 
 @pytest.mark.parametrize("line", [b for b in BASH if b.startswith("make export")])

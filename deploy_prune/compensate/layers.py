@@ -14,9 +14,9 @@ from ..batches import Batch, Batches
 from ..heads import Head
 from ..layerwise import DEFAULT_CACHE_BYTES, LayerRunner, StateCache, Stop, Taps
 from ..masking import OutputWeights
+from ..moments import Moments
 from ..progress import Progress
 from ..units import SlicePlan, UnitGroup
-from .moments import Moments
 from .solution import Solution, Solver
 
 HELD_OUT_EVERY = 8  # batches, of which the last is held out; they go from long rows to short ones

@@ -10,8 +10,8 @@ import torch
 from scipy.sparse.linalg import lsmr
 from torch import Tensor
 
+from ..moments import Moments
 from ..units import UnitGroup
-from .moments import Moments
 from .solution import Solution
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..moments import Moments
 from ..units import UnitGroup
-from .moments import Moments
 from .solution import Solution
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-3, 1e-2, 1e-1)
 DEFAULT_RIDGE = 1e-3  # where no tokens are held out
 
 

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..moments import Moments
 from ..units import UnitGroup
-from .moments import Moments
 
 
 @dataclass

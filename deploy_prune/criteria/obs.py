@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layerwise import LayerRunner, StateCache, Stop, Taps
+from ..moments import Moments
 from ..units import UnitGroup
 from .base import Evidence, Scores
 
@@ -54,18 +55,15 @@ def obs(evidence: Evidence) -> Scores:
 def input_moments(runner: LayerRunner, groups: Sequence[UnitGroup], last: bool) -> dict[str, Tensor]:
     """Return sum over unpadded tokens of h h^T (n, n) at the groups' output projections, running one layer."""
     consumers = {g.name: runner.model.get_submodule(g.consumer) for g in groups}
-    moments = {
-        g.name: torch.zeros(g.size * g.width, g.size * g.width, dtype=torch.float64, device=runner.device)
-        for g in groups
-    }
+    moments = {g.name: Moments(g.size * g.width, 0, runner.device) for g in groups}
     for number, feed in enumerate(runner.feeds):
         with Taps(consumers, stop_at=groups[-1].name if last else "") as taps, suppress(Stop):
             runner.run(number)
-        mask = feed.to(runner.device).inputs["attention_mask"].unsqueeze(-1)
+        mask = feed.to(runner.device).inputs["attention_mask"]
         for g in groups:
-            h = (taps.inputs[g.name] * mask).flatten(0, -2)
-            moments[g.name] += (h.T @ h).double()
-    return moments
+            h = taps.inputs[g.name]
+            moments[g.name].add(h, h[..., :0], mask)
+    return {name: sums.hh for name, sums in moments.items()}
 
 
 def eliminate(moments: Tensor, weight: Tensor, metric: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -82,33 +80,43 @@ def eliminate(moments: Tensor, weight: Tensor, metric: Tensor, width: int) -> tu
     p = torch.linalg.inv(moments + RIDGE * scale * eye)
     values, vectors = torch.linalg.eigh(metric.double())
     v = (vectors * values.clamp(min=0).sqrt()).T @ weight.double()
-    alive = torch.arange(n // width, device=moments.device)
-    block = max(1, len(alive) // BLOCKS) if width == 1 else 1
-    order, rises = [], []
-    while len(alive):
-        costs = _unit_costs(p, v, width)
-        ranked = torch.argsort(costs, stable=True)
-        cut, kept = ranked[:block], ranked[block:].sort().values
-        c, k = _columns(cut, width), _columns(kept, width)
-        solved = torch.linalg.solve(p[c][:, c], torch.cat([v[:, c].T, p[c][:, k]], dim=1))
+    left = torch.arange(n // width, device=moments.device)  # the units that the rows of p stand for
+    gone = torch.zeros(len(left), dtype=torch.bool, device=moments.device)
+    block = max(1, len(left) // BLOCKS) if width == 1 else 1
+    order, rises, alive = [], [], len(left)
+    while alive:
+        if 2 * alive <= len(left):  # eliminated columns are all zero: drop them now and then
+            kept = torch.argsort(gone.int(), stable=True)[:alive]
+            k = _columns(kept, width)
+            left, gone, v, p = left[kept], gone[kept], v[:, k], p[k][:, k]
+        costs = _unit_costs(p, v, gone, width)
+        cut = torch.argsort(costs, stable=True)[: min(block, alive)]
+        c = _columns(cut, width)
+        rows = p[c]
+        solved = torch.linalg.solve(rows[:, c], torch.cat([v[:, c].T, rows], dim=1))
         taken, taught = solved[:, : len(v)], solved[:, len(v) :]
         share = costs[cut] / costs[cut].sum().clamp(min=torch.finfo(torch.float64).tiny)
         rises.append((v[:, c].T * taken).sum() * share)
-        order.append(alive[cut])
-        v = v[:, k] - v[:, c] @ taught
-        p = p[k][:, k] - p[k][:, c] @ taught
-        alive = alive[kept]
+        order.append(left[cut])
+        v = v.addmm(v[:, c], taught, alpha=-1)
+        p.addmm_(rows.T, taught, alpha=-1)
+        gone = gone.index_fill(0, cut, True)
+        alive -= len(cut)
     return torch.cat(order), torch.cat(rises)
 
 
-def _unit_costs(p: Tensor, v: Tensor, width: int) -> Tensor:
-    """Return tr(V_u P_uu^-1 V_u^T) of every unit (units,)."""
+def _unit_costs(p: Tensor, v: Tensor, gone: Tensor, width: int) -> Tensor:
+    """Return tr(V_u P_uu^-1 V_u^T) of every unit (units,), infinite for those that are gone."""
     if width == 1:
-        return v.square().sum(0) / p.diagonal()
-    units = len(p) // width
-    blocks = p.reshape(units, width, units, width).diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (units, width, width)
-    columns = v.T.reshape(units, width, -1)
-    return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+        costs = v.square().sum(0) / torch.where(gone, 1.0, p.diagonal())
+    else:
+        units = len(p) // width
+        blocks = p.reshape(units, width, units, width).diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (units, width, width)
+        eye = torch.eye(width, dtype=p.dtype, device=p.device)
+        blocks = torch.where(gone[:, None, None], eye, blocks)
+        columns = v.T.reshape(units, width, -1)
+        costs = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+    return costs.masked_fill(gone, torch.inf)
 
 
 def _columns(units: Tensor, width: int) -> Tensor:

@@ -7,63 +7,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from deploy_prune.bundle import Bundle, write_atomically
+from deploy_prune.experiments.report import as_markdown
 from deploy_prune.runtime_bench.bench import latest_bench
 from deploy_prune.runtime_bench.report import summary_rows
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-METHODS = (
-    "search",
-    "+rearrange",
-    "+mask tuning",
-    "floor: search",
-    "floor: +rearrange, mask tuning",
-    "floor: +rearrange, refit",
-    "floor: refit (default)",
-)
-COLUMNS = ("metric", "agreement", "kl", "rmse", "seconds")
-
-
-def table(path: Path) -> str:
-    """Return one Markdown table: a row per method and budget, mean over seeds with the standard deviation."""
-    document = json.loads(path.read_text("utf-8"))
-    metric, rows = document["metric"], document["rows"]
-    cells: dict[tuple[float, str], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        cells[row["keep"], row["method"]].append({**row, "metric": row[metric]})
-    dense = cells.pop((1.0, "dense"))[0]["metric"]
-    columns = [c for c in COLUMNS if any(r.get(c) is not None for part in cells.values() for r in part)]
-    machine = document["machine"]
-    first = next(iter(cells.values()))[0]
-    lines = [
-        f"{document['model']}, {document['task']}: dense {metric} {dense:.4f} on {document['evaluated']['rows']} rows;"
-        f" {first['samples']} calibration samples, budget at {first['seq_len']} tokens,"
-        f" seeds {sorted({r['seed'] for part in cells.values() for r in part})};"
-        f" {machine['cpu']}, {machine['threads']} threads.",
-        "",
-        "| keep | method | " + " | ".join(metric if c == "metric" else c for c in columns) + " |",
-        "|---|---|" + "---|" * len(columns),
-    ]
-    for keep in sorted({k for k, _ in cells}, reverse=True):
-        for method in METHODS:
-            part = cells.get((keep, method))
-            if part:
-                lines.append(f"| {keep:g} | {method} | " + " | ".join(_cell(part, c) for c in columns) + " |")
-    return "\n".join(lines)
-
-
-def _cell(rows: list[dict[str, Any]], column: str) -> str:
-    values = [r[column] for r in rows]
-    digits = {"kl": 4, "seconds": 0}.get(column, 4)
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 and column != "seconds" else ""
-    return f"{mean(values):.{digits}f}{spread}"
 
 
 def demo_table(path: Path) -> str:
@@ -162,7 +116,10 @@ def main(
         begin, end = f"<!-- {source.stem} -->", f"<!-- /{source.stem} -->"
         if begin not in text:
             raise SystemExit(f"{path} has no place for {source.name}: add {begin} and {end}")
-        made = {"demo": demo_table, "tasks": tasks_table}.get(source.stem, table)(source)
+        kinds = {"demo": demo_table, "tasks": tasks_table}
+        made = (
+            kinds[source.stem](source) if source.stem in kinds else as_markdown(json.loads(source.read_text("utf-8")))
+        )
         text = re.sub(f"{begin}.*?{end}", lambda _, whole=f"{begin}\n{made}\n{end}": whole, text, flags=re.S)
     path.write_text(text, "utf-8")
 
