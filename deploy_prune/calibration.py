@@ -154,11 +154,11 @@ class _Sums:
     """Gather what one group's hooks see."""
 
     def __init__(self, group: UnitGroup, rows: int, longest: int, device: torch.device, moments: bool) -> None:
-        double = {"dtype": torch.float64, "device": device}
         self.width = group.width
         self.saliency = torch.zeros(rows, longest, device=device)
-        self.squares = torch.zeros(group.size, **double)  # type: ignore[arg-type]
-        self.moments = torch.zeros(group.hidden, group.hidden, **double) if moments else None  # type: ignore[arg-type]
+        self.squares = torch.zeros(group.size, dtype=torch.float64, device=device)
+        d = group.hidden
+        self.moments = torch.zeros(d, d, dtype=torch.float64, device=device) if moments else None
 
 
 def _mask_hook(mask: Tensor, width: int, sums: _Sums, attention: Tensor) -> Callable[..., tuple[Any, ...]]:

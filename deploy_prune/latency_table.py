@@ -13,8 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .errors import InputError
 from .units import UnitGroup, UnitKind
 
-SCHEMA_VERSION = "1.0"
-
 
 class KindTable(BaseModel):
     """Hold one kind of sub-layer's latency at a grid of counts; `low_ms` and `high_ms` are its interval."""
@@ -44,7 +42,7 @@ class LatencyTable(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    schema_version: Literal["1.0"] = SCHEMA_VERSION
+    schema_version: Literal["1.0"] = "1.0"
     runtime: str
     batch: int
     seq: int

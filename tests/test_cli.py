@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from deploy_prune import screen
 from deploy_prune.cli import app, invoke
 
-STAGES = ("calibrate", "search", "rearrange", "compensate", "evaluate", "export", "bench")
+STAGES = ("calibrate", "score", "search", "rearrange", "compensate", "evaluate", "export", "bench")
 COMMANDS = ("run", "prune", "slice", "export", "bench", "probe", "experiment", "inspect", "doctor")
 
 

@@ -141,7 +141,7 @@ def test_any_cost_tables_equal_brute_force(seed: int, keep: float, tables: int, 
     found = search(groups, scores, limits, Minimum(least, least))
     kept = {g.name: int(found.masks[g.name].sum()) for g in groups}
     assert all(x.table.cost(kept) <= x.most for x in limits)
-    assert sum(float(values[name][n]) for name, n in kept.items()) == pytest.approx(best, rel=1e-5, abs=1e-6)
+    assert sum(float(values[name][n]) for name, n in kept.items()) == pytest.approx(best, rel=2e-5, abs=1e-6)
 
 
 def test_too_many_partial_plans_loosen_the_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,9 +88,8 @@ def sweep(
                 moments = Moments(columns, g.hidden, device)
                 held = Moments(columns, g.hidden, device) if solver.holds_out else None
                 for number, feed in enumerate(feeds):
-                    target = kept_targets[position].get(number)
-                    if target is None:
-                        target = _targets(below_t, number, layer_groups, depth)[position]
+                    kept = kept_targets[position].get(number)
+                    target = _targets(below_t, number, layer_groups, depth)[position] if kept is None else kept
                     h, residual = _student_inputs(below_s, number, g)
                     weights = token_weights(feed.to(device), cls_only, solver.salient_share, salient)
                     into = held if held is not None and number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else moments

@@ -40,8 +40,7 @@ class Evidence:
 
     def weight(self, path: str) -> Tensor:
         """Return the weight (out, in) of one of the model's Linears, in float64 on the CPU."""
-        weight = self.model.get_submodule(path).weight
-        return weight.detach().double().cpu()  # type: ignore[operator, union-attr, return-value]
+        return self.model.get_parameter(f"{path}.weight").detach().double().cpu()
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,9 @@ def obs(evidence: Evidence) -> Scores:
             groups = [g for g in evidence.groups if g.layer == depth]
             moments = input_moments(runner, groups, last=depth == len(runner.paths) - 1)
             for g in groups:
-                weight = evidence.model.get_submodule(g.consumer).weight
+                weight = evidence.model.get_parameter(f"{g.consumer}.weight")
                 metric = stats.gradient_moments[g.name] / stats.tokens
-                order, rises = eliminate(moments.pop(g.name) / stats.tokens, weight, metric, g.width)  # type: ignore[arg-type]
+                order, rises = eliminate(moments.pop(g.name) / stats.tokens, weight, metric, g.width)
                 scores[g.name] = np.zeros(g.size)
                 scores[g.name][order.cpu().numpy()] = np.maximum.accumulate(rises.cpu().numpy())
             runner.step()

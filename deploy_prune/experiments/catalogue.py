@@ -117,7 +117,8 @@ def structure(lab: Lab) -> Rows:
             "heads and neurons": DEFAULT,
             "whole sub-layers": Options(min_heads=0, min_neurons=0, align=widest),
         }
-        rows, models = [], {}
+        rows: list[dict[str, Any]] = []
+        models = {}
         for way, options in ways.items():
             try:
                 found, sliced = lab.prune(keep, seed, options)
@@ -171,17 +172,18 @@ def samples(lab: Lab) -> Rows:
 
 def unstructured(lab: Lab) -> Rows:
     """A control: zero weights by magnitude and run the dense model; nothing gets faster."""
-    models, rows = {}, []
+    models: dict[str, torch.nn.Module] = {}
+    rows: list[dict[str, Any]] = []
     groups = lab.pruner(lab.setting.seeds[0]).groups
     for keep in with_keeps(lab.setting.keeps, (0.8, 0.6, 0.5)):
         model = copy.deepcopy(lab.model)
         paths = sorted({p for g in groups for p in (*g.producers, g.consumer)})
-        weights = [model.get_submodule(p).weight for p in paths]
-        magnitudes = torch.cat([w.detach().abs().flatten() for w in weights])  # type: ignore[operator]
+        weights = [model.get_parameter(f"{p}.weight") for p in paths]
+        magnitudes = torch.cat([w.detach().abs().flatten() for w in weights])
         threshold = magnitudes.kthvalue(max(1, round((1 - keep) * magnitudes.numel()))).values
         with torch.no_grad():
             for w in weights:
-                w.mul_(w.abs() > threshold)  # type: ignore[operator, union-attr]
+                w.mul_(w.abs() > threshold)
         name = f"unstructured {keep:g}"
         rows.append({"keep": keep, "method": name, **lab.compare(model)})
         lab_model, lab.model = lab.model, model

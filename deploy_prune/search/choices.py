@@ -77,8 +77,8 @@ def improve(choices: Sequence[Choices], picked: Sequence[int], room: np.ndarray)
             fits = (c.costs - c.costs[:, picked[g], None] <= left[:, None]).all(0)
             gain = np.where(fits, c.values - c.values[picked[g]], -np.inf)
             gains.append((float(gain.max()), -g, int(np.argmax(gain))))
-        gain, g, k = max(gains)
-        if gain <= 0:
+        best, g, k = max(gains)
+        if best <= 0:
             return picked
         left = left - (choices[-g].costs[:, k] - choices[-g].costs[:, picked[-g]])
         picked[-g] = k

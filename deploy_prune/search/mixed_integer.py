@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,8 +14,8 @@ from ..costs import Limit
 from ..errors import InfeasibleBudgetError
 from .choices import Choices, fill, improve, spent
 
-GAP = 1e-6  # relative, at which the solver may stop
-TIME_LIMIT_S = 20.0  # after which the best plan so far is taken, with its gap
+GAP = 1e-5  # relative, at which the solver may stop
+TIME_LIMIT_S = 10.0  # after which the best plan so far is taken, with its gap
 
 
 def solve_mixed_integer(choices: Sequence[Choices], limits: Sequence[Limit]) -> tuple[dict[str, int], float]:
@@ -73,14 +76,29 @@ def _integer(choices: Sequence[Choices], room: np.ndarray, unit: np.ndarray, sca
     from scipy.optimize import linprog
 
     total = sum(len(c.counts) for c in choices)
-    solved = linprog(
-        **_program(choices, room, unit, scale),
-        bounds=(0, 1),
-        integrality=np.ones(total),
-        method="highs",
-        options={"mip_rel_gap": GAP, "time_limit": TIME_LIMIT_S},
-    )
+    with _quiet_stdout():
+        solved = linprog(
+            **_program(choices, room, unit, scale),
+            bounds=(0, 1),
+            integrality=np.ones(total),
+            method="highs",
+            options={"mip_rel_gap": GAP, "time_limit": TIME_LIMIT_S},
+        )
     return None if solved.x is None else [int(np.argmax(x)) for x in _split(solved.x, choices)]
+
+
+@contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Hold back what HiGHS prints whatever its options say: a command with --json prints one document only."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _split(x: np.ndarray, choices: Sequence[Choices]) -> list[np.ndarray]:

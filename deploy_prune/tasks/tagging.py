@@ -67,7 +67,7 @@ class TagSplit(EncodedSplit):
         for position, word in enumerate(word_ids):
             if word not in seen:
                 seen.add(word)
-                out[position] = self._tags[index][word]  # type: ignore[index]
+                out[position] = self._tags[index][word]
         return out
 
 
