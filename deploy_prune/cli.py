@@ -252,6 +252,7 @@ def experiment(
     batch: Annotated[int, typer.Option(min=1, help="Their batch size.")] = 1,
     seq: Annotated[int | None, typer.Option(min=1, help="Their length (default: the samples' mean).")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Their threads (default: the physical cores).")] = None,
+    lut: Annotated[str | None, typer.Option(help="Latency table of this model, for latency and prediction.")] = None,
     as_json: Json = False,
 ) -> None:
     """Run an experiment over budgets and seeds; write JSON, CSV, a Markdown table and an SVG figure.
@@ -275,6 +276,7 @@ def experiment(
         batch=batch,
         seq=seq,
         threads=threads,
+        lut=lut,
     )
     with screen.Bars() as bars:
         document, files = run_experiment(name, setting, out, bars, stem)

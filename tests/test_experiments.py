@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from runs_tiny import checkpoint, data
+from runs_tiny import checkpoint, data, linear_costs
 from scipy import stats
 
 from deploy_prune.cli import invoke
@@ -23,6 +24,10 @@ from deploy_prune.experiments.report import as_csv, as_markdown, as_svg, summari
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     root = tmp_path_factory.mktemp("experiments")
     model, rows = checkpoint(root / "model"), data(root / "data")
+    lut = root / "lut.json"
+    words = ["probe", str(model), "--runtime", "torch", "--seq", "8", "--widths", "1", "--seconds", "0.05"]
+    assert invoke([*words, "--threads", "1", "--out", str(lut)]) == 0
+    linear_costs(lut)
     return Setting(
         model=str(model),
         task="text-classification",
@@ -32,6 +37,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
         samples=64,
         runtime="torch",
         threads=1,
+        lut=str(lut),
     )
 
 
@@ -78,6 +84,15 @@ def test_flops_taken_away_are_what_was_asked_for(setting: Setting, tmp_path: Pat
         layers, d, ff, t = 3, 32, 24, row["length"]
         exact = 2 * layers * t * (4 * d * d + 2 * d * ff + 2 * t * d)
         assert row["dense_encoder_gflops"] == pytest.approx(exact / 1e9)
+
+
+def test_plans_by_the_table_cost_what_it_says(setting: Setting, tmp_path: Path) -> None:
+    document, _ = run_experiment("prediction", setting, tmp_path)
+    for row in document["rows"]:
+        assert row["predicted"] <= row["keep"]
+        assert row["relative_error"] == pytest.approx(row["predicted"] / row["ratio_to_dense"] - 1)
+    with pytest.raises(InputError, match="probe"):
+        run_experiment("prediction", replace(setting, lut=None), tmp_path)
 
 
 def document(**changes: Any) -> dict[str, Any]:

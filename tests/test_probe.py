@@ -99,14 +99,13 @@ def test_files_that_are_no_table_are_refused(text: str | None, said: str, tmp_pa
         read_latency_table(path)
 
 
-@pytest.mark.parametrize("runtime", ["ort-cpu", "torch"])
-def test_probing_measures_a_real_model(runtime: str, tmp_path: Path) -> None:
+def test_probing_measures_a_real_model(tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model")
     shares: list[float] = []
     found = probe(
-        str(model), runtime=runtime, seq=8, widths=2, threads=1, seconds=0.05, progress=lambda s: shares.append(s)
+        str(model), runtime="torch", seq=8, widths=2, threads=1, seconds=0.05, progress=lambda s: shares.append(s)
     )
-    assert (found.runtime, found.seq, found.hidden, found.layers) == (runtime, 8, 32, 3)
+    assert (found.runtime, found.seq, found.hidden, found.layers) == ("torch", 8, 32, 3)
     assert found.kinds["head"].counts == [0, 1, 2, 3, 4]
     assert found.kinds["neuron"].counts == [0, 12, 24]
     whole = found.base_ms + found.layers * sum(kind.ms[-1] for kind in found.kinds.values())
@@ -120,7 +119,7 @@ def test_a_latency_budget_from_the_command_line(tmp_path: Path, capsys: pytest.C
     lut, out = tmp_path / "lut.json", tmp_path / "bundle"
     words = ["probe", str(model), "--seq", "8", "--widths", "2", "--seconds", "0.05", "--out", str(lut)]
     assert invoke(words) == 0
-    assert "cannot be cut" in capsys.readouterr().out
+    assert "cannot be cut" in " ".join(capsys.readouterr().out.split())
     linear_costs(lut)
     common = ["prune", str(model), "--data", str(rows), "--task", "text-classification", "--out", str(out)]
     assert invoke([*common, "--keep-latency", "0.6", "--lut", str(lut), "--keep-params", "0.7"]) == 0

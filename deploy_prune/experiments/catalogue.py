@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..costs import encoder_flops
+from ..costs import Budget, encoder_flops
 from ..criteria import criteria
 from ..errors import InfeasibleBudgetError
 from ..fidelity import fidelity
@@ -133,7 +133,11 @@ def structure(lab: Lab) -> Rows:
 
 
 def latency(lab: Lab) -> Rows:
-    """Quality over measured latency: the paper's three stages and the default, all models side by side."""
+    """Quality over measured latency: the paper's three stages and the default, all models side by side.
+
+    With a latency table also the default search for the least latency: at each budget, for the latency that the
+    table predicts for the default plan.
+    """
     seed = lab.setting.seeds[0]
     rows, models = [], {}
     for keep in with_keeps(lab.setting.keeps, (0.8, 0.7, 0.6, 0.5, 0.4, 0.3)):
@@ -142,9 +146,28 @@ def latency(lab: Lab) -> Rows:
             name = f"{method} {keep:g}"
             rows.append({"keep": keep, "seed": seed, "method": method, **lab.compare(sliced), **lab.describe(found)})
             models[name] = sliced
+        if lab.setting.lut:
+            share = lab.predicted(found)
+            aware, sliced = lab.prune(Budget(keep_latency=share, lut=lab.lut), seed, DEFAULT)
+            same = {"keep": keep, "seed": seed, "method": "latency-aware"}
+            rows.append(same | lab.compare(sliced) | lab.describe(aware))
+            models[f"latency-aware {keep:g}"] = sliced
     timed = lab.latency(models)
     for row in rows:
         yield row | _timed(timed, f"{row['method']} {row['keep']:g}")
+
+
+def prediction(lab: Lab) -> Rows:
+    """Latency by the table against latency measured, for plans of random units under latency budgets."""
+    plans, models = {}, {}
+    options = Options(criterion="random", compensate="none", rearrange="none")
+    for seed, keep in product(lab.setting.seeds, with_keeps(lab.setting.keeps, (0.8, 0.7, 0.6, 0.5, 0.4))):
+        budget = Budget(keep_latency=keep, lut=lab.lut)
+        plans[keep, seed], models[f"{keep:g} {seed}"] = lab.prune(budget, seed, replace(options, seed=seed))
+    timed = lab.latency(models)
+    for (keep, seed), found in plans.items():
+        row = {"keep": keep, "seed": seed, "predicted": lab.predicted(found)} | _timed(timed, f"{keep:g} {seed}")
+        yield row | {"relative_error": row["predicted"] / row["ratio_to_dense"] - 1}
 
 
 def choosing(lab: Lab) -> Rows:
@@ -244,6 +267,9 @@ EXPERIMENTS = {
         ("keep", "method"),
         (*QUALITY, "median_ms", *_SPEED),
         ("ratio_to_dense", "value", "method"),
+    ),
+    "prediction": Experiment(
+        "Latency by the table and measured", prediction, ("keep",), ("predicted", *_SPEED, "relative_error")
     ),
     "criteria": Experiment("Criteria", choosing, ("keep", "method", "compensate"), QUALITY),
     "samples": Experiment(

@@ -13,9 +13,11 @@ from torch import nn
 
 from ..calibration import sample_indices
 from ..checkpoint import input_names, load_config, load_dense
-from ..costs import Budget, encoder_flops
+from ..costs import Budget, encoder_flops, latency_table
+from ..errors import InputError
 from ..fidelity import fidelity
 from ..heads import Head
+from ..latency_table import LatencyTable, read_latency_table
 from ..measuring import Shape, time_models
 from ..predict import predict
 from ..progress import Reporter, Silent
@@ -47,6 +49,7 @@ class Setting:
     batch: int = 1
     seq: int | None = None  # of latency measurements; the calibration rows' mean length by default
     threads: int | None = None
+    lut: str | None = None  # a latency table of this model
 
 
 class Lab:
@@ -126,6 +129,18 @@ class Lab:
             "layers": found.plan.layer_counts(),
         }
 
+    @cached_property
+    def lut(self) -> LatencyTable:
+        """Return the latency table. Raises InputError when none was given."""
+        if self.setting.lut is None:
+            raise InputError("This experiment needs a latency table.", hint="Make one with deploy-prune probe: --lut.")
+        return read_latency_table(self.setting.lut)
+
+    def predicted(self, found: PrunedPlan) -> float:
+        """Return a plan's latency by the table, as a share of the dense model's."""
+        table = latency_table(found.groups, self.lut)
+        return table.cost({g.name: found.plan[g.name].count for g in found.groups}) / table.dense
+
     def whole(self) -> nn.Module:
         """Return the dense model in the form that `latency` takes."""
         groups = self.pruner(self.setting.seeds[0]).groups
@@ -141,6 +156,8 @@ class Lab:
     def shape(self) -> Shape:
         """Return where latencies are measured."""
         s = self.setting
+        if s.lut is not None:
+            return Shape(self.lut.runtime, self.lut.batch, self.lut.seq, s.threads or self.lut.threads or 1)
         seq = s.seq or int(np.ceil(np.mean([r.length for r in self.pruner(s.seeds[0]).rows])))
         return Shape(s.runtime, s.batch, seq, s.threads or default_threads())
 

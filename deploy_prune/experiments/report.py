@@ -21,7 +21,7 @@ CONFIDENCE = 0.95
 
 def document_of(name: str, experiment: Experiment, lab: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what NAME.json holds."""
-    setting = {**vars(lab.setting), "model": Path(lab.setting.model).name, "data": None}
+    setting = {**vars(lab.setting), "model": Path(lab.setting.model).name, "data": None, "lut": None}
     return {
         "experiment": name,
         "title": experiment.title,

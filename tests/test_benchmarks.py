@@ -1,0 +1,51 @@
+"""The reference that pruning is timed against computes what the package's mask tuning computes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models_tiny import tiny_model, tiny_rows
+
+from deploy_prune.archs import arch_of
+from deploy_prune.batches import Batches
+from deploy_prune.costs import Budget
+from deploy_prune.heads import Head
+from deploy_prune.pruner import prune_rows
+from deploy_prune.stages import Options
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.7])
+def test_reference_and_mask_tuning_agree(keep: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from reference import run_reference
+
+    model, head = tiny_model("bert"), Head("classification")
+    rows = sorted(tiny_rows(96), key=lambda r: -r.length)  # so that both cut the same mini-batches
+    groups = arch_of(model).groups(model)
+    masks, timing = run_reference(model, groups, head, list(Batches(rows, head, 0)), keep, 10)
+    options = Options(criterion="fisher-batch", search="paper", rearrange="batch", compensate="mask-tuning-exact")
+    plan = prune_rows(model, head, rows, Budget(keep, 10), options=options).plan
+    for g in groups:
+        assert np.flatnonzero(masks[g.name]).tolist() == list(plan[g.name].kept)
+        assert masks[g.name][masks[g.name] != 0] == pytest.approx(plan[g.name].scales, abs=2e-3)
+    assert any(np.ptp(plan[g.name].scales) > 0.01 for g in groups if plan[g.name].count > 1)
+    assert timing.lsmr_iterations > 0
+
+
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    words = ["--shape", "tiny", "--samples", "64", "--length", "12", "--out", str(tmp_path / "b.json")]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "prune.py"), *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "reference / default" in done.stdout
+    results = json.loads((tmp_path / "b.json").read_text())["results"]
+    assert set(results) == {"default", "mask tuning", "reference"}
+    assert all(r["total"] > 0 for r in results.values())
