@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .archs import arch_of
 from .batches import Batch
+from .errors import SystemStateError
 from .heads import Head
 
 DEFAULT_CACHE_BYTES = 16_000_000_000
@@ -99,14 +100,29 @@ class StateCache:
         return self.offsets[number] is not None
 
     def role(self) -> States:
-        """Return a new array of states. Raises OSError when the disk is full."""
+        """Return a new array of states. Raises SystemStateError when the disk has no room for it."""
         if self.device.type == "cuda" or self.used == 0:
             return States(self, torch.empty(self.used, device=self.device))
         path = Path(self._folder.name) / f"{self._roles}.bin"
         self._roles += 1
-        with open(path, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, 4 * self.used)  # a mapped file on a full disk would kill the process
+        try:
+            reserve(path, 4 * self.used)
+        except OSError as error:
+            size, folder = f"{self.kept_bytes / 1e9:.2f} GB of hidden states", path.parent.parent
+            raise SystemStateError(
+                f"No room for {size} in {folder}: {error.strerror}.",
+                hint="Name another folder by TMPDIR, or keep fewer of them with --cache-gb.",
+            ) from error
         return States(self, torch.from_file(str(path), shared=True, size=self.used, dtype=torch.float32))
+
+
+def reserve(path: Path, size: int) -> None:
+    """Make a file of `size` bytes that the disk really has: a mapped file on a full disk would kill the process."""
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
 
 
 class States:

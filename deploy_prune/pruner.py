@@ -14,7 +14,7 @@ from torch import nn
 from .archs import check_config
 from .batches import Batches
 from .calibration import CalibrationStats, calibrate, check_finite
-from .compensate import Solver, SweepResult, get_solver, sweep
+from .compensate import Solver, SweepResult, get_solver, state_bytes, sweep
 from .costs import Budget, Limit
 from .criteria import Criterion, Evidence, get_criterion
 from .criteria.base import Scores
@@ -169,6 +169,9 @@ class Pruner:
         solver = get_solver(options.compensate)
         teacher = self._teacher(scores, stats, limits, options, solver)
         student = slice_model(self.model, self.groups, plan)
+        size = state_bytes(self.groups, self.batches, self.device, options.cache_bytes)
+        where = "on the GPU" if self.device.type == "cuda" else "in mapped files"
+        self.reporter.note(f"Hidden states: {size / 1e9:.2f} GB {where} (at most {options.cache_gb:g} GB)")
         swept = sweep(
             student,
             teacher,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError, MissingExtraError
 from ..runtimes import Runner
 from ..runtimes.ort import OrtRunner
+from .registry import Source
 
 if TYPE_CHECKING:
     from torch import nn
@@ -162,17 +163,8 @@ class OnnxExporter:
     precisions = ("fp32",)
     suffix = ".onnx"
 
-    def export(
-        self,
-        model: nn.Module,
-        head: Head,
-        path: Path,
-        *,
-        input_names: Sequence[str],
-        precision: str,
-        metadata: Mapping[str, str],
-    ) -> None:
-        onnx_from_torch(model, head, path, input_names=input_names, metadata=metadata)
+    def export(self, source: Source, path: Path) -> None:
+        onnx_from_torch(source.model, source.head, path, input_names=source.input_names, metadata=source.metadata)
 
     def relocate_data(self, path: Path, name: str) -> None:
         import onnx

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
     from ..heads import Head
 
 
+@dataclass(frozen=True)
+class Source:
+    """Hold what is exported: a model with its head, its inputs' names, and what the file says of its origin."""
+
+    model: nn.Module
+    head: Head
+    input_names: Sequence[str]
+    precision: str
+    metadata: Mapping[str, str]
+
+
 class Exporter(Protocol):
     """Write one format.
 
@@ -31,17 +43,8 @@ class Exporter(Protocol):
     precisions: tuple[str, ...]
     suffix: str  # of the file, ".onnx"
 
-    def export(
-        self,
-        model: nn.Module,
-        head: Head,
-        path: Path,
-        *,
-        input_names: Sequence[str],
-        precision: str,
-        metadata: Mapping[str, str],
-    ) -> None:
-        """Write a model to `path` (and, where the format needs it, to `path` + ".data")."""
+    def export(self, source: Source, path: Path) -> None:
+        """Write the source to `path` (and, where the format needs it, to `path` + ".data")."""
 
     def relocate_data(self, path: Path, name: str) -> None:
         """Make the file at `path` read its separate data from a file of that name beside it."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..bundle import VARIANTS, Artifact, Bundle, Parity, Variant, disk_errors
 from .parity import check_parity
-from .registry import Exporter, find_exporter
+from .registry import Exporter, Source, find_exporter
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,14 +45,14 @@ def export_bundle(
                     progress(f"export {label}")
                 stem = f"{variant}-{name}-{exporter.dialect}-{precision}"
                 path = Path(folder) / f"{stem}{exporter.suffix}"
-                exporter.export(
-                    model,
-                    head,
-                    path,
+                source = Source(
+                    model=model,
+                    head=head,
                     input_names=bundle.manifest.model["inputs"],
                     precision=precision,
                     metadata=metadata | {"deploy_prune.variant": variant},
                 )
+                exporter.export(source, path)
                 if progress:
                     progress(f"check {label}")
                 with exporter.runner(path) as runner:

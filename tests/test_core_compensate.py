@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from deploy_prune.compensate.refit import RIDGES, _ridge_fit
 from deploy_prune.compensate.solution import Solution
 from deploy_prune.costs import Budget
 from deploy_prune.criteria import Criterion, Evidence
-from deploy_prune.errors import InputError
+from deploy_prune.errors import InputError, SystemStateError
 from deploy_prune.heads import Head
 from deploy_prune.layerwise import StateCache
 from deploy_prune.masking import mask_model
@@ -223,6 +224,17 @@ def test_states_that_are_not_kept_are_computed_anew(share: float) -> None:
     (log, state), (other_log, other_state) = found
     assert [e.residual_after for e in log] == pytest.approx([e.residual_after for e in other_log], rel=1e-6)
     assert all(torch.allclose(state[k], other_state[k], atol=1e-5) for k in state)
+
+
+def test_no_room_for_the_states_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Any, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("deploy_prune.layerwise.reserve", full)
+    model, head, rows = tiny_model("bert"), Head("classification"), tiny_rows(64)
+    with pytest.raises(SystemStateError, match="GB of hidden states") as caught:
+        prune_rows(model, head, rows, Budget(0.5))
+    assert "TMPDIR" in caught.value.hint
 
 
 def test_one_bad_layer_does_not_stop_the_others() -> None:

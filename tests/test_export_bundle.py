@@ -16,7 +16,7 @@ from deploy_prune.bundle import VARIANTS, Bundle, GoldenCase
 from deploy_prune.errors import InputError, VerdictError
 from deploy_prune.export import check_parity, export_bundle
 from deploy_prune.export.onnx import OnnxExporter, onnx_from_torch
-from deploy_prune.export.registry import available_exporters
+from deploy_prune.export.registry import Source, available_exporters
 from deploy_prune.runtimes import open_runner
 
 
@@ -74,10 +74,9 @@ def test_unknown_format_or_precision(tmp_path: Path) -> None:
 
 def test_large_weights_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Large(OnnxExporter):
-        def export(self, model: Any, head: Any, path: Path, *, input_names: Any, precision: str, metadata: Any) -> None:
-            onnx_from_torch(
-                model, head, path, input_names=input_names, metadata=metadata, external_data_above_bytes=1000
-            )
+        def export(self, source: Source, path: Path) -> None:
+            names = source.input_names
+            onnx_from_torch(source.model, source.head, path, input_names=names, external_data_above_bytes=1000)
 
     monkeypatch.setitem(available_exporters(), "onnx", Large())
     bundle = exported_bundle(tmp_path)

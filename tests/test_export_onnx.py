@@ -14,7 +14,7 @@ from torch import nn
 
 from deploy_prune.errors import InputError
 from deploy_prune.export.onnx import TRACED_SHAPE, OnnxExporter, onnx_from_torch
-from deploy_prune.export.registry import Exporter, available_exporters, find_exporter
+from deploy_prune.export.registry import Exporter, Source, available_exporters, find_exporter
 from deploy_prune.heads import Head
 from deploy_prune.slicing import slice_model
 
@@ -41,7 +41,7 @@ class ExporterContract:
         dense, head, names = tiny_model(family, kind), Head(kind), input_names(family)
         model = slice_model(dense, *tiny_plan(dense))
         path = tmp_path / f"model{self.exporter.suffix}"
-        self.exporter.export(model, head, path, input_names=names, precision="fp32", metadata={"origin": "test"})
+        self.exporter.export(Source(model, head, names, "fp32", {"origin": "test"}), path)
         assert TRACED_SHAPE not in SHAPES
         with self.exporter.runner(path) as runner:
             assert runner.input_names == tuple(names)

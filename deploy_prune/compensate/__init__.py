@@ -7,12 +7,12 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from ..errors import InputError
-from .layers import GroupLog, SweepResult, sweep
+from .layers import GroupLog, SweepResult, state_bytes, sweep
 from .mask_tuning import MaskTuning
 from .refit import Refit
 from .solution import Solver
 
-__all__ = ["GroupLog", "MaskTuning", "Refit", "Solver", "SweepResult", "get_solver", "solvers", "sweep"]
+__all__ = ["GroupLog", "MaskTuning", "Refit", "Solver", "SweepResult", "get_solver", "solvers", "state_bytes", "sweep"]
 
 
 @cache

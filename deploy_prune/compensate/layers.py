@@ -70,7 +70,7 @@ def sweep(
     layers = per_layer(groups)
     result = SweepResult({}, {}, [])
     widest = max(len(part) for part in layers)
-    with StateCache(feeds, groups[0].hidden, 2 + widest, device, cache_bytes) as cache:
+    with StateCache(feeds, groups[0].hidden, _arrays(groups), device, cache_bytes) as cache:
         result.state_bytes = cache.kept_bytes
         below_t, below_s = (LayerRunner(model, head, feeds, cache) for model in (teacher, student))
         kept_targets = [cache.role() for _ in range(widest)]
@@ -102,6 +102,16 @@ def sweep(
                         below_s.run(number)
                 below_s.step()
     return result
+
+
+def state_bytes(groups: Sequence[UnitGroup], batches: Batches, device: torch.device, most_bytes: int) -> int:
+    """Return how many bytes of hidden states a sweep will keep."""
+    return StateCache(list(batches), groups[0].hidden, _arrays(groups), device, most_bytes).kept_bytes
+
+
+def _arrays(groups: Sequence[UnitGroup]) -> int:
+    """Count the arrays of states: the teacher's, the student's, and a target for each group of a layer."""
+    return 2 + max(len(part) for part in per_layer(groups))
 
 
 def _targets(teacher: LayerRunner, number: int, groups: Sequence[UnitGroup], depth: int | None = None) -> list[Tensor]:
