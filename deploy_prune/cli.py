@@ -15,7 +15,7 @@ import typer
 from . import __version__, screen
 from .bundle import VARIANTS, Bundle, Variant, locked
 from .config import Recipe, load_recipe
-from .errors import DeployPruneError, MissingExtraError, SystemStateError
+from .errors import DeployPruneError, InputError, MissingExtraError, SystemStateError
 
 app = typer.Typer(
     name="deploy-prune",
@@ -235,9 +235,14 @@ def bench(
     _summary(opened)
 
 
+EXPERIMENT_NAMES = (
+    "ablation, tradeoff, latency, structure, criteria, samples, parity, flops, unstructured, seconds or prediction."
+)
+
+
 @app.command()
 def experiment(
-    name: Annotated[str, typer.Argument(help="tradeoff, ablation, parity, flops, structure, criteria, samples, ...")],
+    name: Annotated[str, typer.Argument(help=EXPERIMENT_NAMES)],
     model: Annotated[str, typer.Option(help="Hub id or folder of the dense checkpoint.")],
     task: Annotated[str, typer.Option(help="Task name.")],
     out: Annotated[Path, typer.Option(help="Folder of the tables and figures.")] = Path("experiments"),
@@ -310,6 +315,9 @@ def probe(
     """
     from .bundle import write_atomically
     from .probing import probe as measure
+
+    if not out.parent.is_dir():
+        raise InputError(f"No folder {out.parent} for the table.", hint="Make it, or choose another --out.")
 
     with screen.Bars() as bars:
         source = model

@@ -14,7 +14,7 @@ import pytest
 from runs_tiny import checkpoint, data, linear_costs
 from scipy import stats
 
-from deploy_prune.cli import invoke
+from deploy_prune.cli import EXPERIMENT_NAMES, invoke
 from deploy_prune.errors import InputError
 from deploy_prune.experiments import EXPERIMENTS, Lab, Setting, run_experiment
 from deploy_prune.experiments.report import as_csv, as_markdown, as_svg, summarise
@@ -138,10 +138,19 @@ def test_an_interrupted_experiment_keeps_its_rows(
             raise KeyboardInterrupt
         return compare(self, model)
 
+    earlier = tmp_path / "ablation.json"
+    earlier.write_text("{}")
     monkeypatch.setattr(Lab, "compare", twice)
     with pytest.raises(KeyboardInterrupt):
         run_experiment("ablation", setting, tmp_path)
-    assert len(json.loads((tmp_path / "ablation.json").read_text())["rows"]) == 2
+    assert len(json.loads((tmp_path / "ablation.partial.json").read_text())["rows"]) == 2
+    assert earlier.read_text() == "{}"
+    with pytest.raises(InputError, match="not a folder"):
+        run_experiment("ablation", setting, earlier)
+
+
+def test_help_names_every_experiment() -> None:
+    assert sorted(EXPERIMENT_NAMES.replace(" or ", ", ").rstrip(".").split(", ")) == sorted(EXPERIMENTS)
 
 
 def test_from_the_command_line(setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,6 +141,8 @@ def test_what_cannot_be_probed_is_refused(tmp_path: Path, capsys: pytest.Capture
         assert invoke(["probe", model, "--out", str(out), *words]) == 2
         assert said in capsys.readouterr().err
     assert not out.exists()
+    assert invoke(["probe", model, "--out", str(tmp_path / "nowhere" / "lut.json")]) == 2
+    assert "No folder" in capsys.readouterr().err
 
 
 def test_bytes_bind_the_whole_model(tmp_path: Path) -> None:

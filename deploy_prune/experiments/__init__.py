@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from ..bundle import disk_errors, write_atomically
 from ..errors import InputError
 from ..progress import Reporter
 from .catalogue import EXPERIMENTS
@@ -17,23 +19,32 @@ __all__ = ["EXPERIMENTS", "Lab", "Setting", "run_experiment"]
 def run_experiment(
     name: str, setting: Setting, out: str | Path, reporter: Reporter | None = None, stem: str | None = None
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Run an experiment; after every row its files in `out` are written anew. Return the document and the files.
+    """Run an experiment and write its files into `out`; return the document and the files.
 
-    Raises InputError for an unknown name.
+    While it runs its rows are in STEM.partial.json, so that an interrupted run loses none, and no earlier result.
+    Raises InputError for an unknown name or an `out` that is no folder.
     """
     if name not in EXPERIMENTS:
         raise InputError(f"No experiment '{name}'.", hint=f"There are: {', '.join(EXPERIMENTS)}.")
     experiment = EXPERIMENTS[name]
+    folder, stem = Path(out), stem or name
+    with disk_errors(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(f"{folder} is not a folder.", hint="Choose another --out.") from error
     lab = Lab(setting, reporter)
     rows: list[dict[str, Any]] = []
-    document, files = document_of(name, experiment, lab, rows), []
+    partial = folder / f"{stem}.partial.json"
     for row in experiment.run(lab):
         rows.append(row)
-        document = document_of(name, experiment, lab, rows)
-        files = write(document, Path(out), stem or name)
+        write_atomically(partial, json.dumps(document_of(name, experiment, lab, rows), indent=1) + "\n")
         if reporter:
             said = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in _plain(row).items())
             reporter.note(said)
+    document = document_of(name, experiment, lab, rows)
+    files = write(document, folder, stem)
+    partial.unlink(missing_ok=True)
     return document, files
 
 

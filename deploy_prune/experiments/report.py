@@ -38,7 +38,6 @@ def document_of(name: str, experiment: Experiment, lab: Any, rows: Sequence[Mapp
 
 def write(document: Mapping[str, Any], out: Path, stem: str) -> list[Path]:
     """Write the four files and return their paths; the figure only where there is one to draw."""
-    out.mkdir(parents=True, exist_ok=True)
     files = {".json": json.dumps(document, indent=1) + "\n", ".csv": as_csv(document), ".md": as_markdown(document)}
     if document["figure"]:
         files[".svg"] = as_svg(document)

@@ -63,63 +63,20 @@ def keep_summary(folder: Path) -> None:
     write_atomically(DOCS / "results" / "demo.json", json.dumps(document, indent=1) + "\n")
 
 
-def tasks_table(path: Path) -> str:
-    """Return a row per task: quality of dense and sliced, and the distance between them."""
-    lines = [
-        "| task | metric | rows | dense | sliced | kept encoder FLOPs | at tokens | samples | KL | agreement | RMSE |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for run in json.loads(path.read_text("utf-8")):
-        quality, fidelity = run["quality"], run["fidelity"]
-        shares = [run["counts"][v]["encoder_flops"] for v in ("sliced", "dense")]
-        distance = [fidelity.get("kl"), fidelity.get("agreement"), fidelity.get("rmse")]
-        cells = [run["task"], quality["dense"]["metric"], str(quality["dense"]["n"])]
-        cells += [f"{quality[v]['value']:.4f}" for v in ("dense", "sliced")]
-        cells += [f"{shares[0] / shares[1]:.4f}", str(run["seq_len"]), str(run["samples"])]
-        cells += ["-" if d is None else f"{d:.4f}" for d in distance]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def keep_tasks(folders: list[Path]) -> None:
-    """Store what the bundles of several tasks say as docs/results/tasks.json."""
-    runs = []
-    for folder in folders:
-        m = Bundle.open(folder).manifest
-        runs.append(
-            {
-                "task": m.task["name"],
-                "seq_len": m.budget["seq_len"],
-                "samples": m.stages[0].model_dump()["samples"],
-                "quality": m.quality,
-                "fidelity": m.fidelity,
-                "counts": m.counts,
-                "plan": m.plan,
-                "stages": [s.model_dump(exclude={"groups"}) for s in m.stages],
-            }
-        )
-    write_atomically(DOCS / "results" / "tasks.json", json.dumps(runs, indent=1) + "\n")
-
-
 def main(
     demo: Annotated[Path | None, typer.Option(help="Bundle to take the demo's figures from.")] = None,
-    tasks: Annotated[list[Path] | None, typer.Option(help="Bundles of the tasks' table.")] = None,
 ) -> None:
     """Rewrite the tables in place."""
     if demo:
         keep_summary(demo)
-    if tasks:
-        keep_tasks(tasks)
     path = DOCS / "results.md"
     text = path.read_text("utf-8")
     for source in sorted((DOCS / "results").glob("*.json")):
         begin, end = f"<!-- {source.stem} -->", f"<!-- /{source.stem} -->"
         if begin not in text:
             raise SystemExit(f"{path} has no place for {source.name}: add {begin} and {end}")
-        kinds = {"demo": demo_table, "tasks": tasks_table}
-        made = (
-            kinds[source.stem](source) if source.stem in kinds else as_markdown(json.loads(source.read_text("utf-8")))
-        )
+        document = json.loads(source.read_text("utf-8"))
+        made = demo_table(source) if source.stem == "demo" else as_markdown(document).rstrip()
         text = re.sub(f"{begin}.*?{end}", lambda _, whole=f"{begin}\n{made}\n{end}": whole, text, flags=re.S)
     path.write_text(text, "utf-8")
 
