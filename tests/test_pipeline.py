@@ -52,7 +52,7 @@ def test_manifest_holds_the_contract(bundle: Bundle) -> None:
     assert m["budget"]["keep"] == 0.6
     assert m["budget"]["seq_len"] >= 1
     assert [s["name"] for s in m["stages"]] == [
-        *("calibrate", "search", "rearrange", "compensate", "slice", "evaluate", "export", "bench"),
+        *("calibrate", "score", "search", "rearrange", "compensate", "slice", "evaluate", "export", "bench"),
     ]
     assert all(s["seconds"] >= 0 for s in m["stages"])
     assert m["plan"]["hash"] == bundle.plan().hash
