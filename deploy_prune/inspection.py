@@ -27,6 +27,13 @@ def print_bundle(bundle: Bundle) -> None:
         highlight=False,
     )
 
+    for limit in budget.get("limits", []):
+        share = limit["reached"] / limit["dense"]
+        out.print(
+            f"{limit['kind']}: {limit['reached']:,.6g} of at most {limit['limit']:,.6g}, {share:.4f} of dense",
+            highlight=False,
+        )
+
     plan = Table("layer", "heads", "neurons", title="Kept units", title_justify="left")
     for number, (kept, total) in enumerate(zip(manifest.plan["layers"], manifest.plan["total"], strict=True)):
         plan.add_row(str(number), *(f"{kept[k]} of {total[k]}" for k in ("heads", "neurons")))

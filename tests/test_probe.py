@@ -128,6 +128,10 @@ def test_a_latency_budget_from_the_command_line(tmp_path: Path, capsys: pytest.C
     assert all(x["reached"] <= x["limit"] for x in budget["limits"])
     assert budget["keep"] == 0.7
     capsys.readouterr()
+    assert invoke(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "params: " in shown
+    assert "latency: " in shown
     assert invoke([*common, "--keep-latency", "0.6"]) == 2
     assert "deploy-prune probe" in " ".join(capsys.readouterr().err.split())
     assert invoke([*common, "--keep-latency", "0.05", "--lut", str(lut)]) == 2
