@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import errno
-import inspect
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 
 from . import __version__, screen
 from .bundle import VARIANTS, Bundle, Variant, locked
-from .config import Recipe, load_recipe
+from .config import Recipe
 from .errors import DeployPruneError, InputError, MissingExtraError, SystemStateError
+from .flags import Json, numbers, recipe_command, shares, words
 
 app = typer.Typer(
     name="deploy-prune",
@@ -25,7 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 BundleArg = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.")]
 
 INTERRUPTED = 130
@@ -37,67 +35,6 @@ EXTRA_OF = {
     "onnxruntime": "cpu",
     "scipy": "cpu",
 }
-ALIASES = {"formats": ("--formats", "--format"), "precisions": ("--precision", "--precisions")}
-
-
-def recipe_command(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one flag per field of the recipe, so that file and flags cannot drift apart."""
-    parameters = [
-        inspect.Parameter(
-            "model",
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            default=None,
-            annotation=Annotated[str | None, typer.Argument(help=str(Recipe.model_fields["model"].description))],
-        ),
-        inspect.Parameter(
-            "recipe",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[Path | None, typer.Option("--config", "-c", help="Recipe (TOML); flags override it.")],
-        ),
-    ]
-    for name, field in Recipe.model_fields.items():
-        if name == "model":
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        flags = (f"{flag}/--no-{name.replace('_', '-')}",) if name == "label_free" else ALIASES.get(name, (flag,))
-        default = "" if field.default is None else f" [dim]\\[default: {_shown(field.default)}][/dim]"
-        kind = _flag_type(field.annotation)
-        metavar = None if kind is bool else "NUMBER" if kind in (int, float) else "TEXT"
-        option = typer.Option(*flags, help=f"{field.description}{default}", show_default=False, metavar=metavar)
-        parameters.append(
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[bool | None if kind is bool else str | None, option],  # the recipe checks it
-            )
-        )
-    parameters.append(inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json))
-
-    def command(**values: Any) -> None:
-        as_json, path = values.pop("as_json"), values.pop("recipe")
-        for name in ("formats", "precisions", "runtimes", "batches"):
-            if values[name] is not None:
-                values[name] = [part.strip() for part in values[name].split(",") if part.strip()]
-        function(load_recipe(path, **values), as_json)
-
-    command.__doc__ = function.__doc__
-    command.__name__ = function.__name__
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command
-
-
-def _flag_type(annotation: Any) -> type:
-    """Return the type that a flag's value stands for: bool, a number, or text (lists and choices too)."""
-    options = [a for a in get_args(annotation) if a is not type(None)] if type(None) in get_args(annotation) else []
-    single = options[0] if options else annotation
-    return str if get_origin(single) in (tuple, Literal) else single
-
-
-def _shown(value: Any) -> str:
-    return ",".join(str(v) for v in value) if isinstance(value, tuple) else str(value)
 
 
 @app.command()
@@ -184,8 +121,8 @@ def export(
         with screen.Bars() as bars, bars.stage("export"):
             made = export_bundle(
                 opened,
-                formats=_words(formats),
-                precisions=_words(precisions),
+                formats=words(formats),
+                precisions=words(precisions),
                 variants=_variants(variants),
             )
         _write_report(opened)
@@ -220,9 +157,9 @@ def bench(
         with screen.Bars() as bars, bars.stage("bench") as progress:
             result = bench_bundle(
                 opened,
-                runtimes=_words(runtimes),
-                batches=_numbers("--batch", batches),
-                seqs=_numbers("--seq", seqs) or None,
+                runtimes=words(runtimes),
+                batches=numbers("--batch", batches),
+                seqs=numbers("--seq", seqs) or None,
                 threads=threads,
                 max_seconds_per_cell=seconds,
                 progress=lambda name: progress(0.5),
@@ -272,8 +209,8 @@ def experiment(
         model=model,
         task=task,
         data=data,
-        keeps=tuple(_shares("--keep", keep)),
-        seeds=tuple(_numbers("--seeds", seeds)),
+        keeps=tuple(shares("--keep", keep)),
+        seeds=tuple(numbers("--seeds", seeds)),
         samples=samples,
         max_length=max_length,
         device=device,
@@ -419,32 +356,11 @@ def _print_failures(failures: list[dict[str, Any]]) -> None:
         screen.err.print(f"[yellow]not measured:[/] {f.get('runtime')} {f.get('variant') or ''} {f.get('reason')}")
 
 
-def _words(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _variants(text: str) -> list[Variant]:
-    unknown = [word for word in _words(text) if word not in VARIANTS]
+    unknown = [word for word in words(text) if word not in VARIANTS]
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(VARIANTS)}", param_hint="--variants")
-    return [v for v in VARIANTS if v in _words(text)]
-
-
-def _shares(flag: str, text: str) -> list[float]:
-    try:
-        shares = [float(word) for word in _words(text)]
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is not a list of numbers", param_hint=flag) from error
-    if wrong := [s for s in shares if not 0 < s <= 1]:
-        raise typer.BadParameter(f"{wrong[0]:g} is not a share in (0, 1]", param_hint=flag)
-    return shares
-
-
-def _numbers(flag: str, text: str) -> list[int]:
-    try:
-        return [int(word) for word in _words(text)]
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is not a list of whole numbers", param_hint=flag) from error
+    return [v for v in VARIANTS if v in words(text)]
 
 
 def main() -> None:

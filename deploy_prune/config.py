@@ -150,6 +150,7 @@ def _explain(error: ValidationError, path: str | Path | None) -> str:
             lines.append(f"unknown key '{key}'; known: {', '.join(sorted(Recipe.model_fields))}")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{key} = {item['input']!r}: {message[0].lower()}{message[1:]}")
+            shown = f"{key} = {item['input']!r}: " if key else ""  # no key: several fields do not fit together
+            lines.append(f"{shown}{message[0].lower()}{message[1:]}")
     where = f"The recipe {path}" if path else "The settings"
     return f"{where} cannot be used: " + "; ".join(lines) + "."

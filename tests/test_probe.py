@@ -133,7 +133,7 @@ def test_a_latency_budget_from_the_command_line(tmp_path: Path, capsys: pytest.C
     assert "params: " in shown
     assert "latency: " in shown
     assert invoke([*common, "--keep-latency", "0.6"]) == 2
-    assert "deploy-prune probe" in " ".join(capsys.readouterr().err.split())
+    assert "cannot be used: a latency budget needs a measured table" in " ".join(capsys.readouterr().err.split())
     assert invoke([*common, "--keep-latency", "0.05", "--lut", str(lut)]) == 2
     assert "keep_latency 0.05 is infeasible" in " ".join(capsys.readouterr().err.split())
 
