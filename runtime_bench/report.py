@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,25 @@ def render_report(bundle: Bundle) -> str:
         failures=bench["failures"],
         task=bundle.manifest.task.get("name", "unnamed"),
         declined=_declined,
+        budget=budget_line(bundle.manifest.budget),
     )
+
+
+BOUND = {
+    "flops": "of the encoder's FLOPs",
+    "params": "of the encoder's parameters",
+    "bytes": "of the whole model's bytes",
+    "latency": "of the whole model's latency",
+}
+
+
+def budget_line(budget: Mapping[str, Any]) -> str:
+    """Say what was bound: each cost with the share that was allowed, and the length that FLOPs are counted at."""
+    if budget.get("kind") == "masks":
+        return f"given masks, FLOPs at {budget.get('seq_len', '?')} tokens"
+    limits = budget.get("limits") or [budget]
+    shares = [f"{percent(limit.get('keep', 1.0))} {BOUND[limit.get('kind', 'flops')]}" for limit in limits]
+    return f"budget: {', '.join(shares)}, at {budget.get('seq_len', '?')} tokens"
 
 
 def headline(bundle: Bundle, rows: list[dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ from bundles_tiny import exported_bundle
 
 from deploy_prune.bundle import Bundle, Stage
 from deploy_prune.runtime_bench.report import (
+    budget_line,
     headline,
     render_report,
     show_bytes,
@@ -175,3 +176,19 @@ def test_report_is_named_in_the_manifest_and_a_kill_never_corrupts(
 def test_units() -> None:
     assert [show_count(v) for v in (7, 1_789_440, 558_601_728, 2.5e10)] == ["7", "1.79 M", "559 M", "25 G"]
     assert [show_bytes(v) for v in (90_900_000, 1_340_000_000)] == ["90.9 MB", "1.34 GB"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ({"kind": "flops", "keep": 0.5, "seq_len": 12}, "budget: 50.0% of the encoder's FLOPs, at 12 tokens"),
+        ({"kind": "masks", "keep": 0.5, "seq_len": 12}, "given masks, FLOPs at 12 tokens"),
+        (
+            {"limits": [{"kind": "params", "keep": 0.6}, {"kind": "latency", "keep": 0.7}], "seq_len": 9},
+            "budget: 60.0% of the encoder's parameters, 70.0% of the whole model's latency, at 9 tokens",
+        ),
+    ],
+)
+def test_the_budget_is_named_by_its_kind(budget: dict[str, Any], said: str) -> None:
+    """The report once called every budget a share of FLOPs."""
+    assert budget_line(budget) == said
