@@ -1,9 +1,10 @@
 """The paper's three stages as plainly as they can be written, to measure the package against.
 
 Written from Kwon et al. 2022. No straw man: everything is vectorised; batches go from long rows to short
-ones; a layer's inputs are cached, so that no LSMR iteration repeats a forward pass; the samples, batches and
-threads are those of the package. What the package does differently is not done here: the tall matrix of the
-least-squares problem is multiplied as it is, once forward and once transposed per LSMR iteration.
+ones; the hidden states that enter a layer are cached, so that no layer runs twice for another one's sake and
+no LSMR iteration repeats a forward pass; the samples, batches and threads are those of the package. What the
+package does differently is not done here: the tall matrix of the least-squares problem is multiplied as it
+is, once forward and once transposed per LSMR iteration.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +21,11 @@ import torch
 from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor, nn
 
+from deploy_prune.archs import per_layer
 from deploy_prune.batches import Batch
 from deploy_prune.costs import Budget
 from deploy_prune.heads import Head
+from deploy_prune.layerwise import LayerRunner, StateCache, Stop, Taps
 from deploy_prune.masking import mask_model
 from deploy_prune.rearrange import rearrange
 from deploy_prune.search import Minimum, search
@@ -102,28 +106,66 @@ def tune(
 ) -> MaskSet:
     """Tune the masks bottom up by LSMR; both models are masked, hence as slow as the dense one."""
     tuned = MaskSet({name: mask.copy() for name, mask in masks.items()})
-    teacher = mask_model(model, groups, SlicePlan.from_masks(groups, teacher_masks))
-    for g in groups:
-        student = mask_model(model, groups, SlicePlan.from_masks(groups, tuned))
-        kept = np.flatnonzero(tuned[g.name])
-        columns = torch.tensor(g.columns(kept))
-        weight = model.get_submodule(g.consumer).weight[:, columns]  # type: ignore[index]
-        inputs, targets = [], []
-        for batch in feeds:
-            seen = batch.inputs["attention_mask"].bool()
-            (_, y_teacher, r_teacher), (h, _, r_student) = (
-                _watch(m, g, head, batch, seen, last=g is groups[-1]) for m in (teacher, student)
-            )
-            inputs.append(h[:, columns])
-            bias = model.get_submodule(g.consumer).bias
-            targets.append(y_teacher + r_teacher - r_student - bias)  # type: ignore[operator]
-        h, y = torch.cat(inputs), torch.cat(targets)  # (tokens, n), (tokens, d)
-        scales, iterations = _solve(h, y, weight, g.width)
-        timing.lsmr_iterations += iterations
-        timing.tuning_flops += 4.0 * iterations * h.numel() * weight.shape[0]
-        if np.abs(scales).max() <= 10:
-            tuned[g.name][kept] = scales
+    device = next(model.parameters()).device
+    cache = StateCache(feeds, groups[0].hidden, 2, device)
+    teacher = LayerRunner(_masked(model, groups, teacher_masks), head, feeds, cache)
+    student = LayerRunner(_masked(model, groups, tuned), head, feeds, cache)
+    for layer in per_layer(groups):
+        wanted = _run_teacher(teacher, layer, head)
+        for g, targets in zip(layer, wanted, strict=True):
+            kept = np.flatnonzero(tuned[g.name])
+            columns = torch.tensor(g.columns(kept))
+            consumer: Any = student.model.get_submodule(g.consumer)
+            inputs, rests = [], []
+            for number, target in enumerate(targets):
+                h, residual = _run_student(student, number, g, head, last=g is groups[-1])
+                inputs.append(h[:, columns])
+                rests.append(target - residual - consumer.bias)
+            scales, iterations = _solve(torch.cat(inputs), torch.cat(rests), consumer.weight[:, columns], g.width)
+            timing.lsmr_iterations += iterations
+            timing.tuning_flops += 4.0 * iterations * sum(h.numel() for h in inputs) * g.hidden
+            if np.abs(scales).max() <= 10:
+                tuned[g.name][kept] = scales
+                consumer.unit_mask.copy_(torch.from_numpy(tuned[g.name]).repeat_interleave(g.width))
+        for number in range(len(feeds)):
+            student.run(number)
+        student.step()
     return tuned
+
+
+def _masked(model: nn.Module, groups: Sequence[UnitGroup], masks: MaskSet) -> nn.Module:
+    return mask_model(model, groups, SlicePlan.from_masks(groups, masks))
+
+
+def _run_teacher(teacher: LayerRunner, layer: Sequence[UnitGroup], head: Head) -> list[list[Tensor]]:
+    """Return each sub-layer's output plus residual by batch (tokens, d), running one layer once per batch."""
+    residuals = {g.name: teacher.model.get_submodule(g.residual) for g in layer}
+    outputs = {g.name: teacher.model.get_submodule(g.consumer) for g in layer}
+    wanted: list[list[Tensor]] = [[] for _ in layer]
+    final = teacher.depth == len(teacher.paths) - 1
+    for number, feed in enumerate(teacher.feeds):
+        with Taps(residuals) as before, Taps(outputs) as after:
+            teacher.run(number)
+        for position, g in enumerate(layer):
+            cls = final and g is layer[-1] and head.kind == "classification"
+            wanted[position].append(_tokens(after.outputs[g.name] + before.inputs[g.name], feed, cls))
+    teacher.step()
+    return wanted
+
+
+def _run_student(student: LayerRunner, number: int, group: UnitGroup, head: Head, last: bool) -> tuple[Tensor, Tensor]:
+    """Return a projection's masked inputs (tokens, n) and its residual (tokens, d)."""
+    hidden, args, kwargs = student.inputs(number)
+    modules = {"r": student.model.get_submodule(group.residual), "h": student.model.get_submodule(group.consumer)}
+    with Taps(modules, stop_at="h") as taps, suppress(Stop):
+        student.layer(student.depth)(hidden, *args, **kwargs)
+    feed, cls = student.feeds[number], last and head.kind == "classification"
+    return _tokens(taps.inputs["h"], feed, cls), _tokens(taps.inputs["r"], feed, cls)
+
+
+def _tokens(states: Tensor, feed: Batch, cls: bool) -> Tensor:
+    """Return the unpadded tokens of (B, T, d), or the first of each row."""
+    return states[:, 0] if cls else states[feed.inputs["attention_mask"].bool()]
 
 
 def _solve(h: Tensor, y: Tensor, weight: Tensor, width: int) -> tuple[np.ndarray, int]:
@@ -142,37 +184,3 @@ def _solve(h: Tensor, y: Tensor, weight: Tensor, width: int) -> tuple[np.ndarray
     rest = y.flatten().double().numpy() - forward(np.ones(units))
     solution = lsmr(operator, rest, damp=DAMP, maxiter=5 * units)
     return 1 + solution[0], int(solution[2])
-
-
-class _Enough(Exception):
-    pass
-
-
-def _watch(
-    model: nn.Module, group: UnitGroup, head: Head, batch: Batch, seen: Tensor, last: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a sub-layer's masked inputs, output and residual at the unpadded tokens (tokens, ...)."""
-    kept: dict[str, Tensor] = {}
-    consumer, residual = model.get_submodule(group.consumer), model.get_submodule(group.residual)
-
-    def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        kept["h"], kept["y"] = args[0], output
-        raise _Enough
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept["r"] = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-
-    handles = [
-        residual.register_forward_pre_hook(before, with_kwargs=True),
-        consumer.register_forward_hook(after),
-    ]
-    try:
-        head.outputs(model, batch.inputs)
-    except _Enough:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    if last and head.kind == "classification":
-        return tuple(kept[k][:, 0] for k in ("h", "y", "r"))  # type: ignore[return-value]
-    return tuple(kept[k][seen] for k in ("h", "y", "r"))  # type: ignore[return-value]

@@ -87,14 +87,6 @@ class StateCache:
         self.used, self.device = used, device
         self.kept_bytes = 4 * arrays * used
 
-    def __enter__(self) -> StateCache:
-        self._folder = tempfile.TemporaryDirectory(prefix="deploy-prune-states-")
-        self._roles = 0
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._folder.cleanup()
-
     def holds(self, number: int) -> bool:
         """Say whether a batch's states are kept."""
         return self.offsets[number] is not None
@@ -103,17 +95,20 @@ class StateCache:
         """Return a new array of states. Raises SystemStateError when the disk has no room for it."""
         if self.device.type == "cuda" or self.used == 0:
             return States(self, torch.empty(self.used, device=self.device))
-        path = Path(self._folder.name) / f"{self._roles}.bin"
-        self._roles += 1
+        handle, name = tempfile.mkstemp(prefix="deploy-prune-states-")
+        os.close(handle)
         try:
-            reserve(path, 4 * self.used)
+            reserve(Path(name), 4 * self.used)
+            data = torch.from_file(name, shared=True, size=self.used, dtype=torch.float32)
         except OSError as error:
-            size, folder = f"{self.kept_bytes / 1e9:.2f} GB of hidden states", path.parent.parent
+            size, folder = f"{self.kept_bytes / 1e9:.2f} GB of hidden states", Path(name).parent
             raise SystemStateError(
                 f"No room for {size} in {folder}: {error.strerror}.",
                 hint="Name another folder by TMPDIR, or keep fewer of them with --cache-gb.",
             ) from error
-        return States(self, torch.from_file(str(path), shared=True, size=self.used, dtype=torch.float32))
+        finally:
+            os.unlink(name)  # the mapping keeps the bytes until it goes, however the process ends
+        return States(self, data)
 
 
 def reserve(path: Path, size: int) -> None:

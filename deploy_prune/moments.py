@@ -58,7 +58,7 @@ class Moments:
         h, y, root = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
         self._pending, self._tokens = [], 0
         added = {
-            "hh": h.T @ h,
+            "hh": gram(h),
             "yh": y.T @ h,
             "h": (h * root).double().sum(0),
             "y": (y * root).double().sum(0),
@@ -83,3 +83,17 @@ class Moments:
             + self.count * (b @ b)
             + self.yy
         )
+
+
+def gram(h: Tensor) -> Tensor:
+    """Return h^T h (n, n) of h (tokens, n): the blocks on and above the diagonal are multiplied, the others copied."""
+    n = h.shape[1]
+    block = max(256, -(-n // 8))
+    if n <= block:
+        return h.T @ h
+    found = h.new_empty(n, n)
+    for start in range(0, n, block):
+        stop = min(start + block, n)
+        torch.mm(h[:, start:stop].T, h[:, start:], out=found[start:stop, start:])
+        found[stop:, start:stop] = found[start:stop, stop:].T
+    return found

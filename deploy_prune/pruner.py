@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import nn
 from .archs import check_config
 from .batches import Batches
 from .calibration import CalibrationStats, calibrate, check_finite
-from .compensate import Solver, SweepResult, get_solver, state_bytes, sweep
+from .compensate import Solver, SweepResult, get_solver, sweep
 from .costs import Budget, Limit
 from .criteria import Criterion, Evidence, get_criterion
 from .criteria.base import Scores
@@ -27,13 +28,15 @@ from .search import Search, search
 from .slicing import slice_model
 from .stages import DTYPES, Options, PrunedPlan, Recorder
 from .tasks.base import Row
+from .teacher import Teacher, state_bytes
 from .units import GroupPlan, SlicePlan, UnitGroup
 
 
 class Pruner:
     """Prune one model with one set of calibration rows, to any number of budgets.
 
-    What does not depend on the budget is done once: the calibration's pass and every criterion's scores.
+    What does not depend on the budget is done once: the calibration's pass, every criterion's scores, and the run of
+    the dense model that the refit follows.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Pruner:
         self.device = next(model.parameters()).device
         self._calibrated: dict[tuple[Any, ...], tuple[CalibrationStats, dict[str, Any]]] = {}
         self._scored: dict[tuple[Any, ...], tuple[Scores, dict[str, Any]]] = {}
+        self._dense: Teacher | None = None
 
     def prune(self, budget: Budget, options: Options | None = None) -> PrunedPlan:
         """Calibrate, score, search, rearrange and compensate on the model's device; the model is not changed.
@@ -169,21 +173,7 @@ class Pruner:
         solver = get_solver(options.compensate)
         teacher = self._teacher(scores, stats, limits, options, solver)
         student = slice_model(self.model, self.groups, plan)
-        size = state_bytes(self.groups, self.batches, self.device, options.cache_bytes)
-        where = "on the GPU" if self.device.type == "cuda" else "in mapped files"
-        self.reporter.note(f"Hidden states: {size / 1e9:.2f} GB {where} (at most {options.cache_gb:g} GB)")
-        swept = sweep(
-            student,
-            teacher,
-            self.groups,
-            plan,
-            self.head,
-            self.batches,
-            solver,
-            stats.saliency,
-            progress,
-            cache_bytes=options.cache_bytes,
-        )
+        swept = sweep(student, teacher, self.groups, plan, self.head, self.batches, solver, stats.saliency, progress)
         return student, swept
 
     def _renew(
@@ -247,24 +237,36 @@ class Pruner:
             model,
             self.groups,
             seed=options.seed,
-            head=self.head,
-            batches=self.batches,
             stats=stats,
-            cache_bytes=options.cache_bytes,
+            make_teacher=None if stats is None else partial(self._run_of, model, options),
             progress=progress,
         )
 
+    def _run_of(self, model: nn.Module, options: Options) -> Teacher:
+        """Return what runs a model layer by layer; that of the dense model is made once."""
+        if model is self.model and self._dense is not None:
+            return self._dense
+        feeds = list(self.batches)
+        size = state_bytes(self.groups, feeds, self.device, options.cache_bytes)
+        where = "on the GPU" if self.device.type == "cuda" else "in mapped files"
+        self.reporter.note(f"Hidden states: {size / 1e9:.2f} GB {where} (at most {options.cache_gb:g} GB)")
+        again = model is self.model
+        made = Teacher(model, self.groups, self.head, feeds, options.cache_bytes, used_again=again)
+        if again:
+            self._dense = made
+        return made
+
     def _teacher(
         self, scores: Scores, stats: CalibrationStats, limits: Sequence[Limit], options: Options, solver: Solver
-    ) -> nn.Module:
-        """Return the dense model, or for mask tuning the one searched and rearranged at a larger budget."""
+    ) -> Teacher:
+        """Return the dense model's run, or for mask tuning that of one searched and rearranged at a larger budget."""
         larger = [Limit.share(limit.table, solver.teacher_keep(limit.keep)) for limit in limits]
         if all(limit.keep >= 1.0 for limit in larger):
-            return self.model
+            return self._run_of(self.model, options)
         masks = _search(self.groups, scores, larger, options).masks
         if options.rearrange != "none":
             masks, _ = rearrange(self.groups, masks, _gradients(stats, options))
-        return slice_model(self.model, self.groups, SlicePlan.from_masks(self.groups, masks))
+        return self._run_of(slice_model(self.model, self.groups, SlicePlan.from_masks(self.groups, masks)), options)
 
 
 def prune_rows(

@@ -22,13 +22,14 @@ from deploy_prune.costs import Budget
 from deploy_prune.criteria import Criterion, Evidence
 from deploy_prune.errors import InputError, SystemStateError
 from deploy_prune.heads import Head
-from deploy_prune.layerwise import StateCache
+from deploy_prune.layerwise import LayerRunner, StateCache, Taps
 from deploy_prune.masking import mask_model
-from deploy_prune.moments import Moments
+from deploy_prune.moments import Moments, gram
 from deploy_prune.predict import predict
-from deploy_prune.pruner import prune_rows, with_scales
+from deploy_prune.pruner import Pruner, prune_rows, with_scales
 from deploy_prune.slicing import slice_model
 from deploy_prune.stages import Options
+from deploy_prune.teacher import Teacher
 from deploy_prune.units import MaskSet, SlicePlan, UnitGroup
 
 
@@ -168,6 +169,11 @@ def ragged_plan(model: Any) -> tuple[tuple[UnitGroup, ...], SlicePlan]:
     return groups, SlicePlan.from_masks(groups, masks)
 
 
+def teacher(model: Any, groups: tuple[UnitGroup, ...], rows: Any, pad_id: int = 0, **settings: Any) -> Teacher:
+    head = Head("classification")
+    return Teacher(model, groups, head, list(Batches(rows, head, pad_id)), **settings)
+
+
 @pytest.mark.parametrize("name", ["refit", "mask-tuning", "mask-tuning-exact"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sweep_lowers_the_error_and_stays_equal_to_the_masked_model(family: str, name: str) -> None:
@@ -175,7 +181,9 @@ def test_sweep_lowers_the_error_and_stays_equal_to_the_masked_model(family: str,
     groups, plan = ragged_plan(model)
     student = slice_model(model, groups, plan)
     before = hidden_error(model, student)
-    swept = sweep(student, model, groups, plan, head, Batches(rows, head, 1), get_solver(name))
+    swept = sweep(
+        student, teacher(model, groups, rows, 1), groups, plan, head, Batches(rows, head, 1), get_solver(name)
+    )
     assert [entry.group for entry in swept.log] == [g.name for g in groups]
     assert all(e.residual_after <= e.residual_before * (1 + 1e-6) for e in swept.log)
     tuned = plan if name == "refit" else with_scales(plan, swept.scales)
@@ -210,20 +218,92 @@ class FailsOnce(Refit):
         return solution
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_states_that_are_not_kept_are_computed_anew(share: float) -> None:
+@pytest.mark.parametrize(("share", "whole"), [(0.0, False), (0.4, False), (1.0, True)])
+def test_states_that_are_not_kept_are_computed_anew(share: float, whole: bool) -> None:
     model, head, rows = tiny_model("bert"), Head("classification"), tiny_rows(96)
     groups, plan = ragged_plan(model)
     feeds = list(Batches(rows, head, 0))
-    needed = StateCache(feeds, 32, 4, torch.device("cpu")).needed_bytes
+    needed = StateCache(feeds, 32, len(groups) + 2, torch.device("cpu")).needed_bytes
     found = []
-    for cache_bytes in (needed, int(share * needed)):
-        student = slice_model(model, groups, plan)
-        swept = sweep(student, model, groups, plan, head, Batches(rows, head, 0), Refit(), cache_bytes=cache_bytes)
-        found.append((swept.log, student.state_dict()))
-    (log, state), (other_log, other_state) = found
-    assert [e.residual_after for e in log] == pytest.approx([e.residual_after for e in other_log], rel=1e-6)
+    for settings in ({"used_again": False}, {"most_bytes": int(share * needed)}):
+        student, dense = slice_model(model, groups, plan), teacher(model, groups, rows, **settings)
+        swept = sweep(student, dense, groups, plan, head, Batches(rows, head, 0), Refit())
+        found.append((swept, student.state_dict()))
+    assert dense.whole == whole
+    (swept, state), (other, other_state) = found
+    assert other.state_bytes <= share * needed
+    assert [e.residual_after for e in swept.log] == pytest.approx([e.residual_after for e in other.log], rel=1e-6)
     assert all(torch.allclose(state[k], other_state[k], atol=1e-5) for k in state)
+
+
+def test_a_teacher_runs_once_for_all_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores fill it, every later sweep reads it, and the outcome is that of a fresh one."""
+    runs: list[int] = []
+    run = LayerRunner.run
+
+    def counted(self: LayerRunner, number: int) -> None:
+        runs.append(self.depth) if self.model is model else None
+        run(self, number)
+
+    monkeypatch.setattr(LayerRunner, "run", counted)
+    model, head, rows = tiny_model("bert"), Head("classification"), tiny_rows(96)
+    pruner = Pruner(model, head, rows)
+    found = [pruner.prune(Budget(keep)) for keep in (0.7, 0.5)]
+    assert sorted(set(runs)) == [0, 1, 2]
+    assert len(runs) == 3 * len(list(Batches(rows, head, 0)))
+    fresh = prune_rows(model, head, rows, Budget(0.5))
+    assert fresh.hash == found[1].hash
+    for name, new in fresh.updates.items():
+        assert torch.allclose(new.weight, found[1].updates[name].weight, atol=1e-5)
+
+
+def test_an_interrupted_teacher_starts_anew() -> None:
+    """What an interrupted pass left half-written is never read."""
+    model, head, rows = tiny_model("bert"), Head("classification"), tiny_rows(96)
+    groups, plan = ragged_plan(model)
+
+    def stop(number: int, inputs: Any, outputs: Any) -> None:
+        raise KeyboardInterrupt
+
+    used, fresh = teacher(model, groups, rows), teacher(model, groups, rows)
+    used.visit(0)
+    with pytest.raises(KeyboardInterrupt):
+        used.visit(1, stop)
+    errors = []
+    for dense in (used, fresh):
+        student = slice_model(model, groups, plan)
+        swept = sweep(student, dense, groups, plan, head, Batches(rows, head, 0), Refit())
+        errors.append([e.residual_after for e in swept.log])
+    assert errors[0] == pytest.approx(errors[1], rel=1e-6)
+    with pytest.raises(RuntimeError, match="comes before"):
+        fresh.visit(1, stop)
+
+
+def test_a_parallel_refit_follows_the_dense_model_alone() -> None:
+    """Each projection is the ridge solution on the dense inputs at the kept units, whatever the layers below lost."""
+    model, head, rows = tiny_model("bert"), Head("classification"), tiny_rows(96)
+    groups, plan = ragged_plan(model)
+    student, batches = slice_model(model, groups, plan), Batches(rows, head, 0)
+    swept = sweep(student, teacher(model, groups, rows), groups, plan, head, batches, Refit(ridge=1e-3, parallel=True))
+    g = next(g for g in groups if g.name == "L02.heads")
+    consumer: Any = model.get_submodule(g.consumer)
+    moments = Moments(plan[g.name].count * g.width, g.hidden, torch.device("cpu"))
+    for batch in batches:
+        with Taps({"c": consumer}) as taps, torch.no_grad():
+            model(**batch.inputs)
+        h = taps.inputs["c"][..., g.columns(plan[g.name].kept)]
+        moments.add(h, taps.outputs["c"], batch.inputs["attention_mask"])
+    weight = consumer.weight[:, g.columns(plan[g.name].kept)]
+    expected = Refit(ridge=1e-3).solve(g, weight, consumer.bias, moments)
+    assert torch.allclose(swept.updates[g.name].weight, expected.weight, atol=1e-5)
+    assert torch.allclose(swept.updates[g.name].bias, expected.bias, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [3, 256, 257, 700])
+def test_gram_is_the_product(n: int) -> None:
+    h = torch.randn(50, n, generator=torch.Generator().manual_seed(n))
+    assert torch.allclose(gram(h), h.T @ h, atol=1e-4)
+    assert torch.equal(gram(h), gram(h).T)
 
 
 def test_no_room_for_the_states_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +322,8 @@ def test_one_bad_layer_does_not_stop_the_others() -> None:
     model, head = tiny_model("bert"), Head("classification")
     groups, plan = ragged_plan(model)
     student = slice_model(model, groups, plan)
-    swept = sweep(student, model, groups, plan, head, Batches(tiny_rows(64), head, 0), FailsOnce())
+    rows = tiny_rows(64)
+    swept = sweep(student, teacher(model, groups, rows), groups, plan, head, Batches(rows, head, 0), FailsOnce())
     assert [e.group for e in swept.log if not e.accepted] == ["L00.neurons"]
     assert len(swept.log) == len(groups)
     assert "finite" in str(next(e.reason for e in swept.log if not e.accepted))
@@ -265,7 +346,7 @@ def test_whole_plan_is_left_nearly_alone() -> None:
     plan = SlicePlan.from_masks(groups, MaskSet.ones(groups))
     student = slice_model(model, groups, plan)
     rows = tiny_rows(64)
-    sweep(student, model, groups, plan, head, Batches(rows, head, 0), Refit())
+    sweep(student, teacher(model, groups, rows), groups, plan, head, Batches(rows, head, 0), Refit())
     dense, refitted = (predict(m, head, rows) for m in (model, student))
     assert max(np.abs(a["logits"] - b["logits"]).max() for a, b in zip(dense, refitted, strict=True)) < 1e-3
 

@@ -23,6 +23,7 @@ from deploy_prune.layerwise import Taps
 from deploy_prune.masking import mask_model
 from deploy_prune.pruner import prune_rows
 from deploy_prune.stages import Options
+from deploy_prune.teacher import Teacher
 from deploy_prune.units import MaskSet, SlicePlan
 
 
@@ -30,7 +31,7 @@ def evidence(family: str = "bert", rows: int = 48, **changes: Any) -> Evidence:
     model, head, data = tiny_model(family, **changes), Head("classification"), tiny_rows(rows)
     groups = arch_of(model).groups(model)
     stats = calibrate(model, groups, head, data, pad_id=1, gradient_moments=True)
-    return Evidence(model, groups, 0, head, Batches(data, head, 1), stats)
+    return Evidence(model, groups, 0, stats, lambda: Teacher(model, groups, head, list(Batches(data, head, 1))))
 
 
 @pytest.mark.parametrize("name", sorted(criteria()))

@@ -16,11 +16,11 @@ from deploy_prune.compensate import GroupLog, MaskTuning, Refit, sweep
 from deploy_prune.criteria.obs import eliminate, input_moments
 from deploy_prune.errors import InputError, SystemStateError
 from deploy_prune.heads import Head
-from deploy_prune.layerwise import LayerRunner, StateCache
 from deploy_prune.masking import mask_model
 from deploy_prune.rearrange import swap_round
 from deploy_prune.slicing import slice_model
 from deploy_prune.stages import resolve_device
+from deploy_prune.teacher import Teacher
 from deploy_prune.units import MaskSet, SlicePlan
 
 
@@ -46,9 +46,8 @@ def test_pruning_stays_on_the_device(family: str, kind: Any) -> None:
         kept = (stats.gradients, stats.saliency, stats.activation_squares, stats.gradient_moments)
         assert all(tensor.device == CUDA for part in kept for tensor in part.values())
         feeds = list(Batches(rows, head, 1))
-        with StateCache(feeds, groups[0].hidden, 1, CUDA) as cache:
-            runner = LayerRunner(model, head, feeds, cache)
-            moments = input_moments(runner, groups[:2], last=False)
+        teacher = Teacher(model, groups, head, feeds)
+        moments = input_moments(teacher, 0)
         for g in groups[:2]:
             order, rises = eliminate(
                 moments[g.name], model.get_submodule(g.consumer).weight, stats.gradient_moments[g.name], g.width
@@ -66,7 +65,7 @@ def test_pruning_stays_on_the_device(family: str, kind: Any) -> None:
         plan = SlicePlan.from_masks(groups, masks)
         for solver in (Refit(), MaskTuning(solver="exact")):
             student = slice_model(model, groups, plan)
-            swept = sweep(student, model, groups, plan, head, Batches(rows, head, 1), solver, stats.saliency)
+            swept = sweep(student, teacher, groups, plan, head, Batches(rows, head, 1), solver, stats.saliency)
             assert all(p.device == CUDA for p in student.parameters())
             virtual = mask_model(model, groups, plan, swept.updates)
             batch = next(iter(Batches(rows, head, 1))).to(CUDA)

@@ -7,12 +7,12 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from ..errors import InputError
-from .layers import GroupLog, SweepResult, state_bytes, sweep
+from .layers import GroupLog, SweepResult, sweep
 from .mask_tuning import MaskTuning
 from .refit import Refit
 from .solution import Solver
 
-__all__ = ["GroupLog", "MaskTuning", "Refit", "Solver", "SweepResult", "get_solver", "solvers", "state_bytes", "sweep"]
+__all__ = ["GroupLog", "MaskTuning", "Refit", "Solver", "SweepResult", "get_solver", "solvers", "sweep"]
 
 
 @cache
@@ -20,6 +20,7 @@ def solvers() -> dict[str, Callable[[], Solver]]:
     """Map each compensation's name to its factory; "deploy_prune.compensators" adds others."""
     found: dict[str, Callable[[], Solver]] = {
         "refit": Refit,
+        "refit-parallel": lambda: Refit(parallel=True),
         "mask-tuning": MaskTuning,
         "mask-tuning-exact": lambda: MaskTuning(solver="exact"),
     }

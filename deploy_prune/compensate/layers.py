@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 from ..archs import per_layer
 from ..batches import Batch, Batches
 from ..heads import Head
-from ..layerwise import DEFAULT_CACHE_BYTES, LayerRunner, StateCache, Stop, Taps
+from ..layerwise import LayerRunner, StateCache, Stop, Taps
 from ..masking import OutputWeights
 from ..moments import Moments
 from ..progress import Progress
+from ..teacher import Teacher, writer
 from ..units import SlicePlan, UnitGroup
 from .solution import Solution, Solver
 
@@ -47,7 +47,7 @@ class SweepResult:
 @torch.no_grad()
 def sweep(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: Teacher,
     groups: Sequence[UnitGroup],
     plan: SlicePlan,
     head: Head,
@@ -55,87 +55,77 @@ def sweep(
     solver: Solver,
     saliency: Mapping[str, Tensor] | None = None,
     progress: Progress = lambda share: None,
-    *,
-    cache_bytes: int = DEFAULT_CACHE_BYTES,
 ) -> SweepResult:
     """Compensate a sliced student in place, sub-layer by sub-layer, towards the teacher.
 
     The target of a projection is the teacher's output plus its residual, less the student's residual:
-    y = (W_T h_T + b_T) + r_T - r_S, over unpadded tokens. `saliency` (rows, longest) per group is the
-    calibration's; without it every token weighs the same. A declined group keeps its weights and never
-    stops the others. At most `cache_bytes` of hidden states are kept.
+    y = (W_T h_T + b_T) + r_T - r_S, over unpadded tokens. A parallel solver is fitted on the teacher's own
+    inputs h_T instead, at the units kept. `saliency` (rows, longest) per group is the calibration's; without it
+    every token weighs the same. A declined group keeps its weights and never stops the others.
     """
-    device = next(student.parameters()).device
     feeds = list(batches)
     layers = per_layer(groups)
     result = SweepResult({}, {}, [])
-    widest = max(len(part) for part in layers)
-    with StateCache(feeds, groups[0].hidden, _arrays(groups), device, cache_bytes) as cache:
-        result.state_bytes = cache.kept_bytes
-        below_t, below_s = (LayerRunner(model, head, feeds, cache) for model in (teacher, student))
-        kept_targets = [cache.role() for _ in range(widest)]
-        for depth, layer_groups in enumerate(layers):
+    cache = StateCache(feeds, groups[0].hidden, 1, teacher.device, teacher.spare_bytes)
+    result.state_bytes = teacher.cache.kept_bytes + cache.kept_bytes
+    below = LayerRunner(student, head, feeds, cache)
+    for depth, layer_groups in enumerate(layers):
+        sums = {}
+        for g in layer_groups:
+            last = g is layers[-1][-1] and head.kind in ("classification", "regression")
+            salient = saliency[g.name] if saliency is not None else None
+            sums[g.name] = _Sums(g, plan, solver, feeds, solver.cls_only_last and last, salient, below.device)
+        if solver.parallel:
+
+            def look(
+                number: int, inputs: dict[str, Tensor], outputs: dict[str, Tensor], sums: dict[str, _Sums] = sums
+            ) -> None:
+                for name, part in sums.items():
+                    part.add(number, inputs[name][..., part.columns], outputs[name])
+
+            teacher.visit(depth, look)
+        else:
+            teacher.visit(depth)
+        for position, g in enumerate(layer_groups):
+            part = sums.pop(g.name)
+            if not solver.parallel:
+                for number in range(len(feeds)):
+                    h, residual = _student_inputs(below, number, g)
+                    part.add(number, h[..., : len(part.columns)], teacher.target(number, g) - residual)
+            _solve(student, g, plan, part, solver, result)
+            progress((depth + (position + 1) / len(layer_groups)) / len(layers))
+        if depth < len(layers) - 1 and not solver.parallel:
             for number in range(len(feeds)):
                 if cache.holds(number):
-                    for role, target in zip(kept_targets, _targets(below_t, number, layer_groups), strict=False):
-                        role.put(number, target)
-            below_t.step()
-            for position, g in enumerate(layer_groups):
-                last = depth == len(layers) - 1 and position == len(layer_groups) - 1
-                cls_only = solver.cls_only_last and last and head.kind in ("classification", "regression")
-                salient = saliency[g.name] if saliency is not None else None
-                columns = plan[g.name].count * g.width
-                moments = Moments(columns, g.hidden, device)
-                held = Moments(columns, g.hidden, device) if solver.holds_out else None
-                for number, feed in enumerate(feeds):
-                    kept = kept_targets[position].get(number)
-                    target = _targets(below_t, number, layer_groups, depth)[position] if kept is None else kept
-                    h, residual = _student_inputs(below_s, number, g)
-                    weights = token_weights(feed.to(device), cls_only, solver.salient_share, salient)
-                    into = held if held is not None and number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else moments
-                    into.add(h[..., :columns], target - residual, weights)
-                _solve(student, g, plan, moments, held, solver, result)
-                progress((depth + (position + 1) / len(layer_groups)) / len(layers))
-            if depth < len(layers) - 1:
-                for number in range(len(feeds)):
-                    if cache.holds(number):
-                        below_s.run(number)
-                below_s.step()
+                    below.run(number)
+            below.step()
     return result
 
 
-def state_bytes(groups: Sequence[UnitGroup], batches: Batches, device: torch.device, most_bytes: int) -> int:
-    """Return how many bytes of hidden states a sweep will keep."""
-    return StateCache(list(batches), groups[0].hidden, _arrays(groups), device, most_bytes).kept_bytes
+class _Sums:
+    """Gather one group's moments, every eighth batch apart where the solver holds some out."""
 
+    def __init__(
+        self,
+        group: UnitGroup,
+        plan: SlicePlan,
+        solver: Solver,
+        feeds: Sequence[Batch],
+        cls_only: bool,
+        salient: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        self.columns = torch.tensor(group.columns(plan[group.name].kept), dtype=torch.long, device=device)
+        self.feeds, self.cls_only, self.salient, self.share = feeds, cls_only, salient, solver.salient_share
+        self.device = device
+        self.fit = Moments(len(self.columns), group.hidden, device)
+        self.held = Moments(len(self.columns), group.hidden, device) if solver.holds_out else None
 
-def _arrays(groups: Sequence[UnitGroup]) -> int:
-    """Count the arrays of states: the teacher's, the student's, and a target for each group of a layer."""
-    return 2 + max(len(part) for part in per_layer(groups))
-
-
-def _targets(teacher: LayerRunner, number: int, groups: Sequence[UnitGroup], depth: int | None = None) -> list[Tensor]:
-    """Return each sub-layer's output plus residual (B, T, d) in the teacher, running one of its layers.
-
-    Without `depth` it is the current layer, and what it gives is kept for the next one.
-    """
-    residuals = Taps({g.name: teacher.model.get_submodule(g.residual) for g in groups})
-    outputs = Taps({g.name: writer(teacher.model, g) for g in groups})
-    with residuals, outputs:
-        if depth is None:
-            teacher.run(number)
-        else:
-            hidden, args, kwargs = teacher.inputs(number, depth)
-            teacher.layer(depth)(hidden, *args, **kwargs)
-    return [outputs.outputs[g.name] + residuals.inputs[g.name] for g in groups]
-
-
-def writer(model: nn.Module, group: UnitGroup) -> Any:
-    """Return the module that writes a sub-layer's output: its projection, or what stands for it when empty."""
-    try:
-        return model.get_submodule(group.consumer)
-    except AttributeError:
-        return model.get_submodule(group.core)
+    def add(self, number: int, h: Tensor, y: Tensor) -> None:
+        """Add a batch's inputs (B, T, n) and targets (B, T, d)."""
+        weights = token_weights(self.feeds[number].to(self.device), self.cls_only, self.share, self.salient)
+        out = self.held is not None and number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        (self.held if out and self.held is not None else self.fit).add(h, y, weights)
 
 
 def _student_inputs(student: LayerRunner, number: int, group: UnitGroup) -> tuple[Tensor, Tensor]:
@@ -154,12 +144,11 @@ def _solve(
     student: nn.Module,
     group: UnitGroup,
     plan: SlicePlan,
-    moments: Moments,
-    held: Moments | None,
+    sums: _Sums,
     solver: Solver,
     result: SweepResult,
 ) -> None:
-    module = writer(student, group)
+    module, moments, held = writer(student, group), sums.fit, sums.held
     bias = module.bias
     weight = module.weight if plan[group.name].count else bias.new_zeros(group.hidden, 0)
     solution = solver.solve(group, weight, bias, moments, held)

@@ -32,6 +32,7 @@ class MaskTuning:
     salient_share: float = 0.0
     cls_only_last: bool = True
     holds_out: bool = False
+    parallel: bool = False
 
     def teacher_keep(self, keep: float) -> float:
         """Return the share that the teacher keeps."""

@@ -22,12 +22,15 @@ class Refit:
     h_t are the pruned model's kept inputs, y_t what the dense projection plus the difference of the
     residual streams would give, dbar the mean diagonal of sum_t w_t h_t h_t^T, W0 the dense columns. Half of
     a row's weight w_t is spread evenly over its tokens, half in proportion to the squared gradient there.
+    A parallel refit takes h_t and y_t from the dense model alone, at the kept units: the layers are then
+    independent of each other, and no error of a lower layer is mended in a higher one.
     Without a given `ridge`, each group takes the one of RIDGES that is best on the held-out tokens.
     """
 
     ridge: float | None = None
     salient_share: float = 0.5
     cls_only_last: bool = False
+    parallel: bool = False
 
     @property
     def holds_out(self) -> bool:

@@ -59,6 +59,11 @@ class Solver(Protocol):
         """Say whether an eighth of the batches is held out, to choose a setting on."""
         ...
 
+    @property
+    def parallel(self) -> bool:
+        """Say whether projections are fitted on the teacher's inputs, not the student's."""
+        ...
+
     def teacher_keep(self, keep: float) -> float:
         """Return the share of FLOPs that the teacher keeps, for a student that keeps `keep`."""
         ...

@@ -14,7 +14,7 @@ from .activation import activation, activation_weight
 from .base import Criterion, Evidence, Scores
 from .fisher import PAPER_BATCH_ROWS, fisher, fisher_batch
 from .magnitude import MAGNITUDES
-from .obs import obs
+from .obs import obs, reconstruction
 from .random import random
 from .taylor import head_sensitivity, snip, taylor
 
@@ -26,6 +26,7 @@ def criteria() -> dict[str, Criterion]:
     """Map each criterion's name to the criterion."""
     found = {
         "obs": Criterion(obs, gradient_moments=True),
+        "reconstruction": Criterion(reconstruction),
         "fisher": Criterion(fisher),
         "fisher-batch": Criterion(fisher_batch),
         "taylor": Criterion(taylor),

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from ..batches import Batches
 from ..calibration import CalibrationStats
 from ..errors import InputError
-from ..heads import Head
-from ..layerwise import DEFAULT_CACHE_BYTES
 from ..progress import Progress
+from ..teacher import Teacher
 from ..units import UnitGroup
 
 Scores = dict[str, np.ndarray]  # group name -> importance of each unit (units,), larger = keep
@@ -26,10 +24,8 @@ class Evidence:
     model: nn.Module
     groups: Sequence[UnitGroup]
     seed: int = 0
-    head: Head | None = None
-    batches: Batches | None = None
     stats: CalibrationStats | None = None
-    cache_bytes: int = DEFAULT_CACHE_BYTES
+    make_teacher: Callable[[], Teacher] | None = None
     progress: Progress = lambda share: None
 
     @property
@@ -37,6 +33,13 @@ class Evidence:
         if self.stats is None:
             raise InputError("This criterion needs calibration data.", hint="Use one that is data-free.")
         return self.stats
+
+    @property
+    def taught(self) -> Teacher:
+        """Return what runs the model layer by layer."""
+        if self.make_teacher is None:
+            raise InputError("This criterion needs calibration data.", hint="Use one that is data-free.")
+        return self.make_teacher()
 
     def weight(self, path: str) -> Tensor:
         """Return the weight (out, in) of one of the model's Linears, in float64 on the CPU."""

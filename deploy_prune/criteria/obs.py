@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..layerwise import LayerRunner, StateCache, Stop, Taps
 from ..moments import Moments
+from ..teacher import Teacher
 from ..units import UnitGroup
 from .base import Evidence, Scores
 
@@ -30,39 +29,53 @@ def obs(evidence: Evidence) -> Scores:
     Source: Hassibi and Stork 1993 (optimal brain surgeon); Kurtic et al. 2023, ZipLM, equation 4 (units);
     Martens and Grosse 2015 (the gradient's second moment as the output metric).
     """
-    stats, head, batches = evidence.calibrated, evidence.head, evidence.batches
-    assert head is not None, "calibrated evidence has a head"
-    assert batches is not None, "calibrated evidence has batches"
-    device = next(evidence.model.parameters()).device
-    feeds = list(batches)
+    stats = evidence.calibrated
+    return _scores(evidence, lambda g, second, weight: stats.gradient_moments[g.name] / stats.tokens)
+
+
+@torch.no_grad()
+def reconstruction(evidence: Evidence) -> Scores:
+    """Return the rise of a sub-layer's relative squared error when a unit is cut after all less important ones.
+
+    As `obs`, but errors of the output count the same in every direction, as a share of the output's own second moment.
+
+    Source: Kurtic et al. 2023, ZipLM, equation 4; Meng et al. 2024, OSSCAR, equation 2 (the same objective).
+    """
+
+    def metric(g: UnitGroup, second: Tensor, weight: Tensor) -> Tensor:
+        w = weight.double()
+        energy = (w @ second * w).sum()
+        return torch.eye(g.hidden, dtype=torch.float64, device=w.device) / torch.where(energy > 0, energy, 1.0)
+
+    return _scores(evidence, metric)
+
+
+def _scores(evidence: Evidence, metric: Callable[[UnitGroup, Tensor, Tensor], Tensor]) -> Scores:
+    stats, teacher = evidence.calibrated, evidence.taught
     scores: Scores = {}
-    with StateCache(feeds, evidence.groups[0].hidden, 1, device, evidence.cache_bytes) as cache:
-        runner = LayerRunner(evidence.model, head, feeds, cache)
-        for depth in range(len(runner.paths)):
-            groups = [g for g in evidence.groups if g.layer == depth]
-            moments = input_moments(runner, groups, last=depth == len(runner.paths) - 1)
-            for g in groups:
-                weight = evidence.model.get_parameter(f"{g.consumer}.weight")
-                metric = stats.gradient_moments[g.name] / stats.tokens
-                order, rises = eliminate(moments.pop(g.name) / stats.tokens, weight, metric, g.width)
-                scores[g.name] = np.zeros(g.size)
-                scores[g.name][order.cpu().numpy()] = np.maximum.accumulate(rises.cpu().numpy())
-            runner.step()
-            evidence.progress((depth + 1) / len(runner.paths))
+    for depth, groups in enumerate(teacher.layers):
+        moments = input_moments(teacher, depth)
+        for g in groups:
+            weight = evidence.model.get_parameter(f"{g.consumer}.weight")
+            second = moments.pop(g.name) / stats.tokens
+            order, rises = eliminate(second, weight, metric(g, second, weight), g.width)
+            scores[g.name] = np.zeros(g.size)
+            scores[g.name][order.cpu().numpy()] = np.maximum.accumulate(rises.cpu().numpy())
+        evidence.progress((depth + 1) / len(teacher.layers))
     return scores
 
 
-def input_moments(runner: LayerRunner, groups: Sequence[UnitGroup], last: bool) -> dict[str, Tensor]:
-    """Return sum over unpadded tokens of h h^T (n, n) at the groups' output projections, running one layer."""
-    consumers = {g.name: runner.model.get_submodule(g.consumer) for g in groups}
-    moments = {g.name: Moments(g.size * g.width, 0, runner.device) for g in groups}
-    for number, feed in enumerate(runner.feeds):
-        with Taps(consumers, stop_at=groups[-1].name if last else "") as taps, suppress(Stop):
-            runner.run(number)
-        mask = feed.to(runner.device).inputs["attention_mask"]
-        for g in groups:
-            h = taps.inputs[g.name]
-            moments[g.name].add(h, h[..., :0], mask)
+def input_moments(teacher: Teacher, depth: int) -> dict[str, Tensor]:
+    """Return sum over unpadded tokens of h h^T (n, n) at a layer's output projections."""
+    runner = teacher.runner
+    moments = {g.name: Moments(g.size * g.width, 0, runner.device) for g in teacher.layers[depth]}
+
+    def look(number: int, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+        mask = runner.feeds[number].to(runner.device).inputs["attention_mask"]
+        for name, sums in moments.items():
+            sums.add(inputs[name], inputs[name][..., :0], mask)
+
+    teacher.visit(depth, look)
     return {name: sums.hh for name, sums in moments.items()}
 
 
