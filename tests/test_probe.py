@@ -35,9 +35,9 @@ def table(**changes: Any) -> dict[str, Any]:
 
 def test_the_grid_holds_every_head_count_and_the_corners() -> None:
     points = grid(4, 100, 3)
-    assert {Point(h, 100) for h in range(5)} <= set(points)
-    assert [p.neurons for p in points if p.heads == 4] == [100, 0, 33, 67]
-    assert Point(0, 0) in points
+    assert {Point(h, 50) for h in range(5)} <= set(points)
+    assert [p.neurons for p in points if p.heads == 2] == [50, 0, 33, 67, 100]
+    assert {Point(4, 100), Point(0, 100), Point(4, 0), Point(0, 0)} <= set(points)
     assert len(points) == len(set(points))
 
 
@@ -56,6 +56,15 @@ def test_layer_costs_are_recovered_from_whole_models() -> None:
     assert kinds["head"].ms == pytest.approx(head_ms)
     assert kinds["neuron"].ms == pytest.approx(list(neuron_ms[kinds["neuron"].counts]))
     assert found_base == pytest.approx(base)
+    faster = {p: ratio(p, -0.03 * (p.heads < heads and p.neurons < neurons)) for p in points}
+    kinds, _ = kind_tables(faster, dense, layers, heads, 2, neurons)  # cutting both kinds gains more than the sum
+
+    def predicted(p: Point) -> float:
+        saved = [kinds["head"].ms[-1] - kinds["head"].ms[p.heads]]
+        saved.append(kinds["neuron"].ms[-1] - kinds["neuron"].ms[kinds["neuron"].counts.index(p.neurons)])
+        return 1 - layers * sum(saved) / dense
+
+    assert predicted(Point(1, 4)) == pytest.approx(faster[Point(1, 4)].value, abs=0.01)
     noisy = {p: ratio(p, 0.05 * (-1) ** i) for i, p in enumerate(points)}
     kinds, _ = kind_tables(noisy, dense, layers, heads, 2, neurons)
     assert all(a <= b for kind in kinds.values() for a, b in zip(kind.ms, kind.ms[1:], strict=False))
