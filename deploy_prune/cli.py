@@ -173,7 +173,8 @@ def bench(
 
 
 EXPERIMENT_NAMES = (
-    "ablation, tradeoff, latency, structure, criteria, samples, parity, flops, unstructured, seconds or prediction."
+    "ablation, tradeoff, latency, structure, criteria, successors, steps, samples, parity, flops, unstructured,"
+    " seconds, rival or prediction."
 )
 
 
@@ -195,6 +196,7 @@ def experiment(
     seq: Annotated[int | None, typer.Option(min=1, help="Their length (default: the samples' mean).")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Their threads (default: the physical cores).")] = None,
     lut: Annotated[str | None, typer.Option(help="Latency table of this model, for latency and prediction.")] = None,
+    rival: Annotated[str | None, typer.Option(help="Another dense checkpoint of the task, for rival.")] = None,
     as_json: Json = False,
 ) -> None:
     """Run an experiment over budgets and seeds; write JSON, CSV, a Markdown table and an SVG figure.
@@ -219,6 +221,7 @@ def experiment(
         seq=seq,
         threads=threads,
         lut=lut,
+        rival=rival,
     )
     with screen.Bars() as bars:
         document, files = run_experiment(name, setting, out, bars, stem)

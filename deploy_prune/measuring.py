@@ -36,28 +36,36 @@ class Shape:
     threads: int
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """Hold a sliced model (slice by a whole plan for a dense one) with its tokenizer and the inputs it takes."""
+
+    model: nn.Module
+    tokenizer: Any
+    inputs: Sequence[str]
+
+
 @dataclass
 class Stage:
     """Write models as one-variant bundles into a folder, so that any runtime can open them."""
 
     folder: Path
     head: Head
-    tokenizer: Any
-    inputs: Sequence[str]
     runtime: str
 
-    def write(self, name: str, model: nn.Module) -> Path:
-        """Write a sliced model (slice by a whole plan for a dense one) and return its bundle's folder."""
+    def write(self, name: str, candidate: Candidate) -> Path:
+        """Write a model and return its bundle's folder."""
+        model, tokenizer, inputs = candidate.model, candidate.tokenizer, candidate.inputs
         root = self.folder / name
         root.mkdir(parents=True)
-        pad_id = int(self.tokenizer.pad_token_id or 0)
+        pad_id = int(tokenizer.pad_token_id or 0)
         bundle = Bundle(root, Manifest())
-        bundle.manifest.model = {"inputs": list(self.inputs), "pad_id": pad_id}
+        bundle.manifest.model = {"inputs": list(inputs), "pad_id": pad_id}
         bundle.manifest.task = {"head": self.head.kind, "pooling": self.head.pooling}
-        for path in save_sliced(model, self.tokenizer, root / "sliced"):
+        for path in save_sliced(model, tokenizer, root / "sliced"):
             bundle.register(str(path.relative_to(root)))
         alone = Variants(model, model, model, (), SlicePlan(()), [])
-        for case in golden_cases(alone, self.head, random_rows(model, self.inputs, pad_id), pad_id):
+        for case in golden_cases(alone, self.head, random_rows(model, inputs, pad_id), pad_id):
             bundle.add_golden(case)
         if self.runtime in FORMAT_OF:
             export_bundle(bundle, formats=(FORMAT_OF[self.runtime],), variants=("sliced",), models={"sliced": model})
@@ -88,17 +96,12 @@ def time_bundles(roots: Mapping[str, Path], shape: Shape, seconds: float) -> dic
 
 
 def time_models(
-    models: Mapping[str, nn.Module],
-    head: Head,
-    tokenizer: Any,
-    inputs: Sequence[str],
-    shape: Shape,
-    seconds: float = 2.0,
+    candidates: Mapping[str, Candidate], head: Head, shape: Shape, seconds: float = 2.0
 ) -> dict[str, tuple[float, Ratio]]:
     """Return each model's median in ms and its ratio to "dense", which must be among them."""
     with tempfile.TemporaryDirectory(prefix="deploy-prune-time-") as folder:
-        stage = Stage(Path(folder), head, tokenizer, inputs, shape.runtime)
-        samples = time_bundles({name: stage.write(name, model) for name, model in models.items()}, shape, seconds)
+        stage = Stage(Path(folder), head, shape.runtime)
+        samples = time_bundles({name: stage.write(name, c) for name, c in candidates.items()}, shape, seconds)
     return {
         name: (summarise_ms(times)["median"], ratio_of_medians(times, samples["dense"]))
         for name, times in samples.items()

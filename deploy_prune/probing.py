@@ -15,7 +15,7 @@ from .errors import InputError
 from .golden import max_positions
 from .heads import Head
 from .latency_table import LatencyTable
-from .measuring import Shape, Stage, time_bundles
+from .measuring import Candidate, Shape, Stage, time_bundles
 from .progress import Progress
 from .runtime_bench.machine import default_threads, describe_machine
 from .runtime_bench.probe import Point, grid, kind_tables
@@ -60,17 +60,19 @@ def probe(
     shape = Shape(runtime, batch, seq, default_threads() if threads is None else threads)
     points = [p for p in grid(*full, widths) if p != full]
     inputs = input_names(dense.model, dense.tokenizer)
+
+    def cut(point: Point) -> Candidate:
+        return Candidate(cut_alike(dense.model, groups, point), dense.tokenizer, inputs)
+
     found, dense_ns = {full: Ratio(1.0, 1.0, 1.0)}, []
     with tempfile.TemporaryDirectory(prefix="deploy-prune-probe-") as folder:
-        whole = Stage(Path(folder), head, dense.tokenizer, inputs, runtime).write(
-            "dense", cut_alike(dense.model, groups, full)
-        )
+        whole = Stage(Path(folder), head, runtime).write("dense", cut(full))
         for start in range(0, len(points), TOGETHER):
             roots = {"dense": whole}
             with tempfile.TemporaryDirectory(dir=folder) as beside:
-                stage = Stage(Path(beside), head, dense.tokenizer, inputs, runtime)
+                stage = Stage(Path(beside), head, runtime)
                 for number, point in enumerate(points[start : start + TOGETHER]):
-                    roots[str(number)] = stage.write(str(number), cut_alike(dense.model, groups, point))
+                    roots[str(number)] = stage.write(str(number), cut(point))
                     progress((start + 0.9 * (number + 1)) / len(points))
                 samples = time_bundles(roots, shape, seconds)
             dense_ns += samples["dense"]

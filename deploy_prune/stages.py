@@ -45,7 +45,7 @@ class Options:
 
     def resolved(self, groups: Sequence[UnitGroup]) -> Options:
         """Return the options with nothing left open."""
-        refit = self.compensate == "refit"
+        refit = self.compensate in ("refit", "refit-parallel")
         widest = max(g.size for g in groups if g.kind == "neuron")
         least = max(1, round(REFIT_NEURON_SHARE * widest)) if refit else 1
         return replace(

@@ -38,6 +38,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
         runtime="torch",
         threads=1,
         lut=str(lut),
+        rival=str(model),
     )
 
 

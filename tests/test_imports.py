@@ -24,7 +24,7 @@ LAYERS = [
     "errors units progress moments",
     "latency_table",
     "archs costs heads tasks bundle config masking modeling_sliced batches fidelity given_masks archives snippets",
-    "calibration predict layerwise",
+    "calibration predict layerwise teacher",
     "criteria",
     "search rearrange compensate",
     "slicing checkpoint",

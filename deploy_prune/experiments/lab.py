@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..fidelity import fidelity
 from ..heads import Head
 from ..latency_table import LatencyTable, read_latency_table
-from ..measuring import Shape, time_models
+from ..measuring import Candidate, Shape, time_models
 from ..predict import predict
 from ..progress import Reporter, Silent
 from ..pruner import Pruner
@@ -50,6 +50,7 @@ class Setting:
     seq: int | None = None  # of latency measurements; the calibration rows' mean length by default
     threads: int | None = None
     lut: str | None = None  # a latency table of this model
+    rival: str | None = None  # another dense checkpoint, fine-tuned on the same task
 
 
 class Lab:
@@ -148,9 +149,23 @@ class Lab:
 
     def latency(self, models: Mapping[str, nn.Module], seconds: float = 2.0) -> dict[str, tuple[float, Ratio]]:
         """Return the median in ms and the ratio to dense of every model, all measured side by side."""
-        on_cpu = {"dense": self.whole().cpu(), **{name: model.cpu() for name, model in models.items()}}
-        inputs = input_names(self.model, self.tokenizer)
-        return time_models(on_cpu, self.head, self.tokenizer, inputs, self.shape, seconds)
+        return self.side_by_side({name: self.candidate(model) for name, model in models.items()}, seconds)
+
+    def side_by_side(self, candidates: Mapping[str, Candidate], seconds: float = 2.0) -> dict[str, tuple[float, Ratio]]:
+        """Return the median in ms and the ratio to this lab's dense model of any models."""
+        whole = {"dense": self.candidate(self.whole())}
+        return time_models(whole | dict(candidates), self.head, self.shape, seconds)
+
+    def candidate(self, model: nn.Module) -> Candidate:
+        """Return a sliced model as what can be timed."""
+        return Candidate(model.cpu(), self.tokenizer, input_names(self.model, self.tokenizer))
+
+    @cached_property
+    def rival(self) -> Lab:
+        """Return the lab of the other checkpoint. Raises InputError when none was given."""
+        if self.setting.rival is None:
+            raise InputError("This experiment needs another checkpoint.", hint="Name one by --rival.")
+        return Lab(replace(self.setting, model=self.setting.rival, rival=None, lut=None), self.reporter)
 
     @property
     def shape(self) -> Shape:

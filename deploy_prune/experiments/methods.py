@@ -17,3 +17,16 @@ STAGES = {
     "fisher, refit": FISHER_REFIT,
     "obs, refit (default)": DEFAULT,
 }
+
+# What came after the paper, each reduced to what differs from the default: how units are chosen, within which
+# budgets, and what the projections are fitted on.
+SUCCESSORS = {
+    "default": DEFAULT,
+    "default units, parallel refit": Options(compensate="refit-parallel"),
+    "reconstruction, global (ZipLM)": Options(criterion="reconstruction"),
+    "reconstruction, local (OSSCAR)": Options(criterion="reconstruction", scope="local"),
+    "label-free Fisher (K-prune)": Options(criterion="fisher", label_free=True),
+    "activation x weight, local, parallel refit (GRAIL, CORP)": Options(
+        criterion="activation-weight", scope="local", compensate="refit-parallel"
+    ),
+}

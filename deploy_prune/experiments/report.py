@@ -22,6 +22,7 @@ CONFIDENCE = 0.95
 def document_of(name: str, experiment: Experiment, lab: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what NAME.json holds."""
     setting = {**vars(lab.setting), "model": Path(lab.setting.model).name, "data": None, "lut": None}
+    setting["rival"] = setting["rival"] and Path(setting["rival"]).name
     return {
         "experiment": name,
         "title": experiment.title,

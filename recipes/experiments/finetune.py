@@ -3,8 +3,8 @@
     python recipes/experiments/finetune.py stsb --data glue/STS-B --out models/stsb
     python recipes/experiments/finetune.py mrpc --data glue/MRPC --out models/mrpc
     python recipes/experiments/finetune.py rte --data glue/RTE --out models/rte
-    python recipes/experiments/finetune.py sst2-short --encoder mpnet --data glue/SST-2 --out models/mpnet-sst2
-    python recipes/experiments/finetune.py sst2-short --encoder distilbert --data glue/SST-2 --out models/distilbert-sst2
+    python recipes/experiments/finetune.py sst2-short --encoder mpnet --data glue/SST-2 --out models/mpnet
+    python recipes/experiments/finetune.py sst2-short --encoder distilbert --data glue/SST-2 --out models/distilbert
     python recipes/experiments/finetune.py squad --data squad --out models/squad
     python recipes/experiments/finetune.py truecase --data squad --out models/truecase
 

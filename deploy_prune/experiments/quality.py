@@ -1,0 +1,127 @@
+"""Experiments on what pruning keeps, over budgets, methods, criteria and samples; each yields a row per cell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import torch
+
+from ..costs import encoder_flops
+from ..criteria import criteria
+from ..fidelity import fidelity
+from ..masking import mask_model
+from ..predict import predict
+from ..runtime_bench.flops import count_torch
+from ..stages import Options
+from .lab import Lab, with_keeps
+from .methods import DEFAULT, PAPER, STAGES, SUCCESSORS
+
+Rows = Iterator[dict[str, Any]]
+
+
+def _pruned(lab: Lab, keep: float, seed: int, options: Options, **more: Any) -> dict[str, Any]:
+    found, sliced = lab.prune(keep, seed, options)
+    return {"keep": keep, "seed": seed, **more, **lab.compare(sliced), **lab.describe(found)}
+
+
+def tradeoff(lab: Lab) -> Rows:
+    """Quality over the share of FLOPs kept: the paper's three stages and the default."""
+    keeps = with_keeps(lab.setting.keeps, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3))
+    for seed, keep in product(lab.setting.seeds, keeps):
+        for method, options in {"paper": PAPER, "default": DEFAULT}.items():
+            yield _pruned(lab, keep, seed, options, method=method)
+
+
+def ablation(lab: Lab) -> Rows:
+    """What each stage adds."""
+    for seed, keep in product(lab.setting.seeds, with_keeps(lab.setting.keeps, (0.6,))):
+        for method, options in STAGES.items():
+            yield _pruned(lab, keep, seed, options, method=method)
+
+
+def parity(lab: Lab) -> Rows:
+    """Virtual against sliced: the same quality on every row."""
+    for seed, keep in product(lab.setting.seeds, with_keeps(lab.setting.keeps, (0.9, 0.8, 0.7, 0.6, 0.5))):
+        for method, options in {"paper": PAPER, "default": DEFAULT}.items():
+            found, sliced = lab.prune(keep, seed, options)
+            virtual = mask_model(lab.model, found.groups, found.plan, found.updates)
+            outputs = [predict(m, lab.head, lab.rows, pad_id=lab.pad_id) for m in (virtual, sliced)]
+            scores = [lab.data.evaluation.score(o, lab.dense).get(lab.data.metric or "") for o in outputs]
+            between = fidelity(lab.head.kind, *outputs)
+            yield {
+                "keep": keep,
+                "seed": seed,
+                "method": method,
+                "virtual": scores[0],
+                "sliced": scores[1],
+                "difference": None if None in scores else scores[1] - scores[0],  # type: ignore[operator]
+                "max_abs": between["max_abs"],
+            }
+
+
+def flops(lab: Lab) -> Rows:
+    """FLOPs taken away against 1 - keep, at the budget's own length and at others."""
+    model, config = lab.model, lab.model.config
+    seed = lab.setting.seeds[0]
+    lengths = (16, 53, 128, 256, 512)
+    limit = int(getattr(config, "max_position_embeddings", 512))
+    names = lab.pruner(seed).rows[0].features
+    for keep in with_keeps(lab.setting.keeps, (0.9, 0.8, 0.7, 0.6, 0.5)):
+        found, sliced = lab.prune(keep, seed, replace(DEFAULT, compensate="none", criterion="fisher"))
+        for length in sorted({found.seq_len, *(n for n in lengths if n <= limit)}):
+            feeds = {name: torch.ones(1, length, dtype=torch.long, device=lab.device) for name in names}
+            counted = [count_torch(m, feeds) for m in (model, sliced)]
+            encoder = encoder_flops(found.groups, length)
+            layers, d, ff = 1 + max(g.layer for g in found.groups), found.groups[0].hidden, found.groups[1].size
+            yield {
+                "keep": keep,
+                "length": length,
+                "budget_length": found.seq_len,
+                "encoder_reduction": (counted[0] - counted[1]) / encoder,
+                "one_minus_keep": 1 - keep,
+                "dense_encoder_gflops": encoder / 1e9,
+                "report_formula_gflops": 4 * layers * (2 * d * ff + d * d) * length / 1e9,
+            }
+
+
+def choosing(lab: Lab) -> Rows:
+    """Criteria against each other, with and without the refit; local and global."""
+    for seed, keep in product(lab.setting.seeds, with_keeps(lab.setting.keeps, (0.6,))):
+        for name, compensate in product(criteria(), ("none", "refit")):
+            options = Options(criterion=name, compensate=compensate, rearrange="none", seed=seed)
+            yield _pruned(lab, keep, seed, options, method=name, compensate=compensate)
+        for compensate in ("none", "refit"):
+            options = Options(criterion="fisher", compensate=compensate, rearrange="none", label_free=True)
+            yield _pruned(lab, keep, seed, options, method="fisher, label-free", compensate=compensate)
+        for name in ("fisher", "obs"):
+            options = Options(criterion=name, compensate="refit", rearrange="none", scope="local")
+            yield _pruned(lab, keep, seed, options, method=f"{name}, local", compensate="refit")
+
+
+def samples(lab: Lab) -> Rows:
+    """Quality over the number of calibration samples."""
+    total = len(lab.data.train)
+    counts = sorted({min(n, total) for n in (128, 256, 512, 1024, 2048, 4096)})
+    for seed, keep in product(lab.setting.seeds, with_keeps(lab.setting.keeps, (0.5,))):
+        for count in counts:
+            for method, options in {"paper": PAPER, "default": DEFAULT}.items():
+                found, sliced = lab.prune(keep, seed, options, samples=count)
+                same = {"keep": keep, "seed": seed, "samples": count, "method": method}
+                yield same | lab.compare(sliced) | lab.describe(found)
+
+
+def successors(lab: Lab) -> Rows:
+    """The default against what came after the paper, as far as it fits into the same budgets."""
+    for seed, keep in product(lab.setting.seeds, with_keeps(lab.setting.keeps, (0.5, 0.4))):
+        for method, options in SUCCESSORS.items():
+            yield _pruned(lab, keep, seed, replace(options, seed=seed), method=method)
+
+
+def steps(lab: Lab) -> Rows:
+    """One shot against several steps of the cubic schedule, with statistics renewed at each."""
+    for seed, keep in product(lab.setting.seeds, with_keeps(lab.setting.keeps, (0.5, 0.4))):
+        for number in (1, 2, 4):
+            yield _pruned(lab, keep, seed, replace(DEFAULT, steps=number), steps=number)
