@@ -15,6 +15,7 @@ from .archs import arch_of
 from .batches import Batch
 from .errors import SystemStateError
 from .heads import Head
+from .units import UnitGroup
 
 DEFAULT_CACHE_BYTES = 16_000_000_000
 
@@ -55,6 +56,22 @@ class Taps:
             self.outputs[name] = first(output)
 
         return hook
+
+
+class Replay:
+    """Let an attention core hand on what its output projection reads, as it was computed before."""
+
+    def __init__(self, model: nn.Module, group: UnitGroup, inputs: Tensor) -> None:
+        self.core: Any = model.get_submodule(group.core)
+        inside = group.consumer.startswith(f"{group.core}.")
+        consumer = model.get_submodule(group.consumer)
+        self.forward = lambda *args, **kwargs: (consumer(inputs) if inside else inputs, None)
+
+    def __enter__(self) -> None:
+        self.core.forward = self.forward
+
+    def __exit__(self, *exc: object) -> None:
+        del self.core.forward  # the class's own comes back
 
 
 def first(output: Any) -> Tensor:
@@ -136,10 +153,10 @@ class States:
         return None if view is None else view.clone()
 
     def put(self, number: int, value: Tensor) -> None:
-        """Keep a batch's states where there is room."""
+        """Keep a batch's states (B, T, n <= d) where there is room."""
         view = self._view(number)
         if view is not None:
-            view.copy_(value)
+            view[..., : value.shape[-1]].copy_(value)
 
 
 class LayerRunner:

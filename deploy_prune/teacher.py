@@ -14,6 +14,7 @@ from .heads import Head
 from .layerwise import DEFAULT_CACHE_BYTES, LayerRunner, StateCache, States, Taps
 from .units import UnitGroup
 
+STUDENT_ARRAYS = 2  # of hidden states that whoever follows keeps: a layer's inputs, and those of its attention's output
 Look = Callable[[int, dict[str, Tensor], dict[str, Tensor]], None]
 
 
@@ -112,7 +113,7 @@ def writer(model: nn.Module, group: UnitGroup) -> Any:
 def state_bytes(groups: Sequence[UnitGroup], feeds: Sequence[Batch], device: torch.device, most_bytes: int) -> int:
     """Return how many bytes of hidden states a teacher and one student keep together."""
     _, cache, spare = _plan(groups, feeds, device, most_bytes)
-    return cache.kept_bytes + StateCache(feeds, groups[0].hidden, 1, device, spare).kept_bytes
+    return cache.kept_bytes + StateCache(feeds, groups[0].hidden, STUDENT_ARRAYS, device, spare).kept_bytes
 
 
 def _plan(
@@ -122,7 +123,7 @@ def _plan(
     hidden = groups[0].hidden
 
     def teacher(arrays: int) -> tuple[StateCache, int]:
-        share = most_bytes * arrays // (arrays + 1)
+        share = most_bytes * arrays // (arrays + STUDENT_ARRAYS)
         return StateCache(feeds, hidden, arrays, device, share), most_bytes - share
 
     every, spare = teacher(1 + len(groups))  # its own states, and each group's targets

@@ -15,7 +15,7 @@ from scipy.sparse.linalg import lsmr
 from deploy_prune.archs import arch_of
 from deploy_prune.batches import Batch, Batches
 from deploy_prune.compensate import MaskTuning, Refit, get_solver, sweep
-from deploy_prune.compensate.layers import token_weights
+from deploy_prune.compensate.layers import Student, token_weights
 from deploy_prune.compensate.refit import RIDGES, _ridge_fit
 from deploy_prune.compensate.solution import Solution
 from deploy_prune.costs import Budget
@@ -223,7 +223,7 @@ def test_states_that_are_not_kept_are_computed_anew(share: float, whole: bool) -
     model, head, rows = tiny_model("bert"), Head("classification"), tiny_rows(96)
     groups, plan = ragged_plan(model)
     feeds = list(Batches(rows, head, 0))
-    needed = StateCache(feeds, 32, len(groups) + 2, torch.device("cpu")).needed_bytes
+    needed = StateCache(feeds, 32, len(groups) + 3, torch.device("cpu")).needed_bytes
     found = []
     for settings in ({"used_again": False}, {"most_bytes": int(share * needed)}):
         student, dense = slice_model(model, groups, plan), teacher(model, groups, rows, **settings)
@@ -255,6 +255,31 @@ def test_a_teacher_runs_once_for_all_budgets(monkeypatch: pytest.MonkeyPatch) ->
     assert fresh.hash == found[1].hash
     for name, new in fresh.updates.items():
         assert torch.allclose(new.weight, found[1].updates[name].weight, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_replayed_attention_gives_the_same_layer(family: str) -> None:
+    model, head, rows = tiny_model(family), Head("classification"), tiny_rows(24)
+    groups, feeds = arch_of(model).groups(model), list(Batches(rows, head, 1))
+    cache = StateCache(feeds, 32, 2, torch.device("cpu"))
+    student = Student(model, head, feeds, cache)
+    heads, neurons = groups[:2]
+    core = model.get_submodule(heads.core)
+    with torch.no_grad():
+        student.watch(0, heads, heads.size * heads.width)
+        first = student.watch(0, neurons, neurons.size)
+        calls: list[int] = []
+        consumer = model.get_submodule(heads.producers[0])
+        handle = consumer.register_forward_hook(lambda *args: calls.append(1))
+        replayed = student.watch(0, neurons, neurons.size)
+        assert not calls, "the attention ran again"
+        handle.remove()
+        student.known = None
+        plain = student.watch(0, neurons, neurons.size)
+    for a, b, c in zip(first, replayed, plain, strict=True):
+        assert torch.equal(a, b)
+        assert torch.allclose(a, c, atol=1e-6)
+    assert "forward" not in vars(core)
 
 
 def test_an_interrupted_teacher_starts_anew() -> None:

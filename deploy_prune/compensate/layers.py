@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +13,11 @@ from torch import Tensor, nn
 from ..archs import per_layer
 from ..batches import Batch, Batches
 from ..heads import Head
-from ..layerwise import LayerRunner, StateCache, Stop, Taps
+from ..layerwise import LayerRunner, Replay, StateCache, Stop, Taps
 from ..masking import OutputWeights
 from ..moments import Moments
 from ..progress import Progress
-from ..teacher import Teacher, writer
+from ..teacher import STUDENT_ARRAYS, Teacher, writer
 from ..units import SlicePlan, UnitGroup
 from .solution import Solution, Solver
 
@@ -66,9 +68,9 @@ def sweep(
     feeds = list(batches)
     layers = per_layer(groups)
     result = SweepResult({}, {}, [])
-    cache = StateCache(feeds, groups[0].hidden, 1, teacher.device, teacher.spare_bytes)
+    cache = StateCache(feeds, groups[0].hidden, STUDENT_ARRAYS, teacher.device, teacher.spare_bytes)
     result.state_bytes = teacher.cache.kept_bytes + cache.kept_bytes
-    below = LayerRunner(student, head, feeds, cache)
+    below = Student(student, head, feeds, cache)
     for depth, layer_groups in enumerate(layers):
         sums = {}
         for g in layer_groups:
@@ -90,8 +92,8 @@ def sweep(
             part = sums.pop(g.name)
             if not solver.parallel:
                 for number in range(len(feeds)):
-                    h, residual = _student_inputs(below, number, g)
-                    part.add(number, h[..., : len(part.columns)], teacher.target(number, g) - residual)
+                    h, residual = below.watch(number, g, len(part.columns))
+                    part.add(number, h, teacher.target(number, g) - residual)
             _solve(student, g, plan, part, solver, result)
             progress((depth + (position + 1) / len(layer_groups)) / len(layers))
         if depth < len(layers) - 1 and not solver.parallel:
@@ -128,16 +130,40 @@ class _Sums:
         (self.held if out and self.held is not None else self.fit).add(h, y, weights)
 
 
-def _student_inputs(student: LayerRunner, number: int, group: UnitGroup) -> tuple[Tensor, Tensor]:
-    """Run the student's layer up to one projection; return its inputs (B, T, n) and the residual (B, T, d)."""
-    hidden, args, kwargs = student.inputs(number)
-    modules = {"residual": student.model.get_submodule(group.residual), "h": writer(student.model, group)}
-    with Taps(modules, stop_at="h") as taps:
-        try:
-            student.layer(student.depth)(hidden, *args, **kwargs)
-        except Stop:
-            return taps.inputs["h"], taps.inputs["residual"]
-    raise RuntimeError(f"{group.consumer} did not run")
+class Student(LayerRunner):
+    """Run the student's layers; a layer's attention is computed once and replayed for the sub-layer behind it."""
+
+    def __init__(self, model: nn.Module, head: Head, feeds: Sequence[Batch], cache: StateCache) -> None:
+        super().__init__(model, head, feeds, cache)
+        self.cores = cache.role()
+        self.known: tuple[UnitGroup, int] | None = None  # whose projection's inputs are kept, and how many columns
+
+    def watch(self, number: int, group: UnitGroup, columns: int) -> tuple[Tensor, Tensor]:
+        """Run the layer up to one projection; return its inputs (B, T, columns) and the residual (B, T, d)."""
+        hidden, args, kwargs = self.inputs(number)
+        modules = {"residual": self.model.get_submodule(group.residual), "h": writer(self.model, group)}
+        with self._replay(number, group), Taps(modules, stop_at="h") as taps, suppress(Stop):
+            self.layer(self.depth)(hidden, *args, **kwargs)
+        h = taps.inputs["h"][..., :columns]
+        if group.core and 0 < columns <= group.hidden:
+            self.cores.put(number, h)
+            self.known = group, columns
+        return h, taps.inputs["residual"]
+
+    def run(self, number: int) -> None:
+        with self._replay(number):
+            super().run(number)
+
+    def step(self) -> None:
+        self.known = None
+        super().step()
+
+    def _replay(self, number: int, watched: UnitGroup | None = None) -> Any:
+        kept = self.cores.get(number) if self.known and self.known[0] is not watched else None
+        if kept is None or self.known is None:
+            return nullcontext()
+        group, columns = self.known
+        return Replay(self.model, group, kept[..., :columns])
 
 
 def _solve(
