@@ -48,4 +48,5 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     assert "reference / default" in done.stdout
     results = json.loads((tmp_path / "b.json").read_text())["results"]
     assert set(results) == {"default", "mask tuning", "reference"}
+    assert all(r["peak_growth_bytes"] >= 0 for r in results.values())
     assert all(r["total"] > 0 for r in results.values())

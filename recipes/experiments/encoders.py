@@ -2,9 +2,11 @@
 
     python recipes/experiments/encoders.py mpnet --out encoders/mpnet
     python recipes/experiments/encoders.py distilbert --out encoders/distilbert
+    python recipes/experiments/encoders.py bert-base-random --out encoders/bert-base-random
 
 minilm (BERT, 6 x 384) is the demo's; mpnet (12 x 768) comes as a zip file in five parts; distilbert (6 x 768, cased)
-as a statically quantised ONNX tagger, whose int8 weights are scaled back to fp32. Archives are pinned by SHA-256.
+as a statically quantised ONNX tagger, whose int8 weights are scaled back to fp32. bert-base-random has BERT-base's
+shape, random weights and MiniLM's tokenizer: for latencies, never for quality. Archives are pinned by SHA-256.
 """
 
 from __future__ import annotations
@@ -93,6 +95,13 @@ def distilbert(archives: Path, out: Path) -> None:
         )
 
 
+def bert_base_random(archives: Path, out: Path) -> None:
+    """Write a classifier of BERT-base's shape that was never trained."""
+    minilm(archives, out)
+    transformers.set_seed(0)
+    transformers.BertForSequenceClassification(transformers.BertConfig()).save_pretrained(out)
+
+
 def dequantised(graph: onnx.ModelProto) -> dict[str, np.ndarray]:
     """Return the graph's weights by their names in torch; a product's weight has the name of the bias added to it."""
     values = {i.name: numpy_helper.to_array(i) for i in graph.graph.initializer}
@@ -132,7 +141,12 @@ def dequantised(graph: onnx.ModelProto) -> dict[str, np.ndarray]:
     return weights
 
 
-ENCODERS: dict[str, Callable[[Path, Path], None]] = {"minilm": minilm, "mpnet": mpnet, "distilbert": distilbert}
+ENCODERS: dict[str, Callable[[Path, Path], None]] = {
+    "minilm": minilm,
+    "mpnet": mpnet,
+    "distilbert": distilbert,
+    "bert-base-random": bert_base_random,
+}
 
 
 def main() -> None:

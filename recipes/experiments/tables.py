@@ -50,6 +50,31 @@ def demo_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def bench_table(path: Path) -> str:
+    """Return the stages' seconds of benchmarks/prune.py."""
+    document = json.loads(path.read_text("utf-8"))
+    results, machine = document["results"], document["machine"]
+    reference, default = results["reference"], results["default"]
+    lines = [
+        f"{document['model']}, {document['samples']} samples of {document['length']} tokens, keep {document['keep']:g};"
+        f" {machine['cpu']}, {machine['threads']} threads. The reference's tuning: {reference['lsmr_iterations']} LSMR"
+        f" iterations, {reference['tuning_flops']:.1e} FLOPs.",
+        "",
+        "| seconds | " + " | ".join(results) + " | reference / default |",
+        "|---|" + "---|" * (len(results) + 1),
+    ]
+
+    def line(name: str, values: list[float], digits: int) -> None:
+        ratio = f"{values[-1] / values[0]:.2f}" if values[0] and values[-1] else "-"
+        lines.append(f"| {name} | " + " | ".join(f"{v:.{digits}f}" for v in values) + f" | {ratio} |")
+
+    for stage in dict.fromkeys([*default["seconds"], *reference["seconds"]]):
+        line(stage, [r["seconds"].get(stage, 0.0) for r in results.values()], 2)
+    line("total", [r["total"] for r in results.values()], 1)
+    line("memory, +MB", [r["peak_growth_bytes"] / 1e6 for r in results.values()], 0)
+    return "\n".join(lines)
+
+
 def keep_summary(folder: Path) -> None:
     """Store a bundle's summary and machine as docs/results/demo.json."""
     bundle = Bundle.open(folder)
@@ -61,6 +86,9 @@ def keep_summary(folder: Path) -> None:
         "summary": summary_rows(bundle),
     }
     write_atomically(DOCS / "results" / "demo.json", json.dumps(document, indent=1) + "\n")
+
+
+TABLES = {"demo": demo_table, "bench": bench_table}
 
 
 def main(
@@ -76,7 +104,9 @@ def main(
         if begin not in text:
             raise SystemExit(f"{path} has no place for {source.name}: add {begin} and {end}")
         document = json.loads(source.read_text("utf-8"))
-        made = demo_table(source) if source.stem == "demo" else as_markdown(document).rstrip()
+        made = (
+            as_markdown(document).rstrip() if "experiment" in document else TABLES[source.stem.split("-")[-1]](source)
+        )
         text = re.sub(f"{begin}.*?{end}", lambda _, whole=f"{begin}\n{made}\n{end}": whole, text, flags=re.S)
     path.write_text(text, "utf-8")
 
