@@ -72,11 +72,13 @@ class Recipe(BaseModel):
     criterion: str = Field(
         default="auto", description="How units are scored (auto: obs before the refit, else fisher)."
     )
-    cache_gb: float = _field(16.0, "Hidden states that compensation may keep, in GB; others are recomputed.", gt=0)
+    cache_gb: float = _field(
+        16.0, "GB of hidden states that scores and compensation may keep; others are recomputed.", gt=0
+    )
     rearrange: Literal["auto", "sample", "batch", "none"] = _field(
         "auto", "By the Fisher of samples, of mini-batches (the paper's code), or not; auto: not before the refit."
     )
-    compensate: str = _field("refit", "refit, mask-tuning, mask-tuning-exact or none.")
+    compensate: str = _field("refit", "refit, refit-parallel, mask-tuning, mask-tuning-exact or none.")
     min_agreement: float | None = Field(
         default=None, ge=0, le=1, description="Fail below this agreement with dense, 0..1."
     )

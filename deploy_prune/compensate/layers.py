@@ -17,7 +17,7 @@ from ..layerwise import LayerRunner, Replay, StateCache, Stop, Taps
 from ..masking import OutputWeights
 from ..moments import Moments
 from ..progress import Progress
-from ..teacher import STUDENT_ARRAYS, Teacher, writer
+from ..teacher import STUDENT_ARRAYS, Look, Teacher, writer
 from ..units import SlicePlan, UnitGroup
 from .solution import Solution, Solver
 
@@ -77,17 +77,7 @@ def sweep(
             last = g is layers[-1][-1] and head.kind in ("classification", "regression")
             salient = saliency[g.name] if saliency is not None else None
             sums[g.name] = _Sums(g, plan, solver, feeds, solver.cls_only_last and last, salient, below.device)
-        if solver.parallel:
-
-            def look(
-                number: int, inputs: dict[str, Tensor], outputs: dict[str, Tensor], sums: dict[str, _Sums] = sums
-            ) -> None:
-                for name, part in sums.items():
-                    part.add(number, inputs[name][..., part.columns], outputs[name])
-
-            teacher.visit(depth, look)
-        else:
-            teacher.visit(depth)
+        teacher.visit(depth, _adder(sums) if solver.parallel else None)
         for position, g in enumerate(layer_groups):
             part = sums.pop(g.name)
             if not solver.parallel:
@@ -128,6 +118,16 @@ class _Sums:
         weights = token_weights(self.feeds[number].to(self.device), self.cls_only, self.share, self.salient)
         out = self.held is not None and number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         (self.held if out and self.held is not None else self.fit).add(h, y, weights)
+
+
+def _adder(sums: Mapping[str, _Sums]) -> Look:
+    """Return what adds the teacher's own inputs and outputs of a layer, at the kept units."""
+
+    def look(number: int, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+        for name, part in sums.items():
+            part.add(number, inputs[name][..., part.columns], outputs[name])
+
+    return look
 
 
 class Student(LayerRunner):
