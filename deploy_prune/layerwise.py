@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -126,6 +127,13 @@ class StateCache:
         finally:
             os.unlink(name)  # the mapping keeps the bytes until it goes, however the process ends
         return States(self, data)
+
+
+def room(device: torch.device) -> int:
+    """Return the bytes that are free where hidden states are kept: the temporary folder's disk, or the GPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return shutil.disk_usage(tempfile.gettempdir()).free
 
 
 def reserve(path: Path, size: int) -> None:

@@ -282,6 +282,16 @@ def test_a_replayed_attention_gives_the_same_layer(family: str) -> None:
     assert "forward" not in vars(core)
 
 
+def test_targets_of_all_layers_need_twice_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small disk keeps those of one layer, as it always could."""
+    model, rows = tiny_model("bert"), tiny_rows(24)
+    groups = arch_of(model).groups(model)
+    needed = teacher(model, groups, rows).cache.needed_bytes
+    for free, whole in ((2 * needed, True), (2 * needed - 2, False)):
+        monkeypatch.setattr("deploy_prune.teacher.room", lambda device, free=free: free)
+        assert teacher(model, groups, rows).whole == whole
+
+
 def test_an_interrupted_teacher_starts_anew() -> None:
     """What an interrupted pass left half-written is never read."""
     model, head, rows = tiny_model("bert"), Head("classification"), tiny_rows(96)
