@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, screen
+from . import __version__, cli_lab, screen
 from .bundle import VARIANTS, Bundle, Variant, locked
 from .config import Recipe
-from .errors import DeployPruneError, InputError, MissingExtraError, SystemStateError
-from .flags import Json, numbers, recipe_command, shares, words
+from .errors import DeployPruneError, MissingExtraError, SystemStateError
+from .flags import Json, numbers, recipe_command, words
 
 app = typer.Typer(
     name="deploy-prune",
@@ -172,116 +172,7 @@ def bench(
     _summary(opened)
 
 
-EXPERIMENT_NAMES = (
-    "ablation, tradeoff, latency, structure, criteria, successors, steps, samples, parity, flops, unstructured,"
-    " seconds, rival or prediction."
-)
-
-
-@app.command()
-def experiment(
-    name: Annotated[str, typer.Argument(help=EXPERIMENT_NAMES)],
-    model: Annotated[str, typer.Option(help="Hub id or folder of the dense checkpoint.")],
-    task: Annotated[str, typer.Option(help="Task name.")],
-    out: Annotated[Path, typer.Option(help="Folder of the tables and figures.")] = Path("experiments"),
-    stem: Annotated[str | None, typer.Option(help="Name of the files (default: the experiment's).")] = None,
-    data: Annotated[str | None, typer.Option(help="File or folder with the task's data.")] = None,
-    keep: Annotated[str, typer.Option(help="Shares of FLOPs to keep (default: the experiment's own).")] = "",
-    seeds: Annotated[str, typer.Option(help="Seeds of the calibration samples.")] = "0,1,2",
-    samples: Annotated[int, typer.Option(min=64, help="Training rows to calibrate on.")] = 2048,
-    max_length: Annotated[int | None, typer.Option(help="Truncate rows to this many tokens.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    runtime: Annotated[str, typer.Option(help="Runtime of latency measurements.")] = "ort-cpu",
-    batch: Annotated[int, typer.Option(min=1, help="Their batch size.")] = 1,
-    seq: Annotated[int | None, typer.Option(min=1, help="Their length (default: the samples' mean).")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Their threads (default: the physical cores).")] = None,
-    lut: Annotated[str | None, typer.Option(help="Latency table of this model, for latency and prediction.")] = None,
-    rival: Annotated[str | None, typer.Option(help="Another dense checkpoint of the task, for rival.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Run an experiment over budgets and seeds; write JSON, CSV, a Markdown table and an SVG figure.
-
-    [bold]Example[/bold]
-
-      deploy-prune experiment ablation --model ./my-bert --task sst2 --data glue/SST-2 --keep 0.6,0.5
-    """
-    from .experiments import Setting, run_experiment
-
-    setting = Setting(
-        model=model,
-        task=task,
-        data=data,
-        keeps=tuple(shares("--keep", keep)),
-        seeds=tuple(numbers("--seeds", seeds)),
-        samples=samples,
-        max_length=max_length,
-        device=device,
-        runtime=runtime,
-        batch=batch,
-        seq=seq,
-        threads=threads,
-        lut=lut,
-        rival=rival,
-    )
-    with screen.Bars() as bars:
-        document, files = run_experiment(name, setting, out, bars, stem)
-    if as_json:
-        screen.print_json(document)
-        return
-    screen.out.print(next(f for f in files if f.suffix == ".md").read_text("utf-8"), highlight=False)
-    for file in files:
-        screen.out.print(str(file), soft_wrap=True, highlight=False)
-
-
-@app.command()
-def probe(
-    model: Annotated[str, typer.Argument(help="Hub id or folder of the dense checkpoint; 'demo' is the built-in one.")],
-    out: Annotated[Path, typer.Option(help="File of the table.")] = Path("lut.json"),
-    runtime: Annotated[str, typer.Option(help="Runtime to measure in.")] = "ort-cpu",
-    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
-    seq: Annotated[int, typer.Option(min=1, help="Sequence length.")] = 128,
-    widths: Annotated[int, typer.Option(min=1, help="FFN widths to measure; others are interpolated.")] = 8,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: the physical cores).")] = None,
-    seconds: Annotated[float, typer.Option(help="Seconds per measured point.")] = 2.0,
-    as_json: Json = False,
-) -> None:
-    """Measure what every head count and FFN width costs on this machine, for --keep-latency.
-
-    [bold]Examples[/bold]
-
-      deploy-prune probe ./my-bert --batch 1 --seq 128 --out lut.json
-
-      deploy-prune run ./my-bert --keep-latency 0.5 --lut lut.json
-    """
-    from .bundle import write_atomically
-    from .probing import probe as measure
-
-    if not out.parent.is_dir():
-        raise InputError(f"No folder {out.parent} for the table.", hint="Make it, or choose another --out.")
-
-    with screen.Bars() as bars:
-        source = model
-        if model == "demo":
-            from .demo import prepare_demo
-
-            source = str(prepare_demo(bars).model)
-        with bars.stage("probe") as progress:
-            table = measure(
-                source,
-                runtime=runtime,
-                batch=batch,
-                seq=seq,
-                widths=widths,
-                threads=threads,
-                seconds=seconds,
-                progress=progress,
-            )
-    write_atomically(out, table.model_dump_json(indent=1) + "\n")
-    if as_json:
-        screen.print_json(table.model_dump())
-    else:
-        screen.print_latency_table(table)
-        screen.out.print(f"Table: {out}", soft_wrap=True, highlight=False)
+app.add_typer(cli_lab.app)
 
 
 @app.command()

@@ -49,7 +49,7 @@ def on_cuda(model: Any) -> Any:
 def fake_cuda() -> Iterator[None]:
     """Let torch.device("cuda", 0) be used on any machine; a mix of devices raises as on a real one."""
     _lend_device_guard()
-    memory = mock.patch("torch.cuda.mem_get_info", lambda device=None: (1 << 40, 1 << 40))
+    memory = mock.patch("torch.cuda.mem_get_info", return_value=(1 << 40, 1 << 40))
     with _Mode(), mock.patch("torch.autograd.grad", _gradients), memory:
         yield
 

@@ -14,7 +14,8 @@ import pytest
 from runs_tiny import checkpoint, data, linear_costs
 from scipy import stats
 
-from deploy_prune.cli import EXPERIMENT_NAMES, invoke
+from deploy_prune.cli import invoke
+from deploy_prune.cli_lab import EXPERIMENT_NAMES
 from deploy_prune.errors import InputError
 from deploy_prune.experiments import EXPERIMENTS, Lab, Setting, run_experiment
 from deploy_prune.experiments.report import as_csv, as_markdown, as_svg, summarise
