@@ -86,8 +86,8 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
-        if sys.platform == "linux":  # what an earlier run freed goes back to the system, and is not hidden growth
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # what an earlier run freed goes back to the system, and hides no growth
         self._process, self._over = psutil.Process(), threading.Event()
         self._before = self._most = self._now()
         self._thread = threading.Thread(target=self._follow, daemon=True)
