@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +10,8 @@ import numpy as np
 from ..errors import MissingExtraError
 from ..latency_table import KindTable
 from .stats import Ratio
+
+DRAWS = 400  # of every measured ratio, for the intervals
 
 
 class Point(NamedTuple):
@@ -37,40 +39,43 @@ def kind_tables(
 
     A model with h heads and n neurons in every layer saves A(h) + F(n) against the dense one; A and F are the
     least-squares fit to all points. One layer's attention with h heads takes (A(0) - A(h)) / layers, its FFN
-    with n neurons (F(0) - F(n)) / layers; both are made monotone by isotonic regression. The base is what is left of
-    the dense latency.
+    with n neurons (F(0) - F(n)) / layers; both are made monotone by isotonic regression. Their 95% intervals come
+    from fits to ratios drawn anew within their own intervals. The base is what is left of the dense latency.
     """
-    counts = sorted({p.heads for p in found}), sorted({p.neurons for p in found})
-    fits = [
-        _savings([(p, getattr(r, side)) for p, r in found.items()], counts, dense_ms)
-        for side in ("value", "low", "high")
-    ]
+    saved = _savings(found, dense_ms)
     tables: dict[Any, KindTable] = {}
-    for kind, position, size, width in (("head", 0, heads, head_width), ("neuron", 1, neurons, 1)):
-        value, low, high = (_monotone((saved[position][0] - saved[position]) / layers) for saved in fits)
+    for kind, ms, size, width in (("head", saved[0], heads, head_width), ("neuron", saved[1], neurons, 1)):
+        costs = {count: (ms[0] - m) / layers for count, m in ms.items()}
+        value = _monotone(np.array([c[0] for c in costs.values()]))
+        low, high = np.percentile([c[1:] for c in costs.values()], [2.5, 97.5], axis=1)
         tables[kind] = KindTable(
-            size=size, width=width, counts=counts[position], ms=[0.0, *value[1:]], low_ms=low, high_ms=high
+            size=size,
+            width=width,
+            counts=list(costs),
+            ms=[0.0, *value[1:].tolist()],
+            low_ms=np.clip(np.minimum(low, value), 0.0, None).tolist(),
+            high_ms=np.maximum(high, value).tolist(),
         )
     base = dense_ms - layers * sum(k.ms[-1] for k in tables.values())
     return tables, max(base, 0.0)
 
 
-def _savings(
-    ratios: Sequence[tuple[Point, float]], counts: tuple[list[int], list[int]], dense_ms: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return A and F in ms at the counts, both 0 at the largest."""
-    columns = [{c: i for i, c in enumerate(counts[0][:-1])}, {}]
-    columns[1] = {c: i + len(columns[0]) for i, c in enumerate(counts[1][:-1])}
-    system = np.zeros((len(ratios), len(columns[0]) + len(columns[1])))
-    for row, (point, _) in zip(system, ratios, strict=True):
-        row[[column[c] for column, c in zip(columns, point, strict=True) if c in column]] = 1.0
-    saved = np.linalg.lstsq(system, dense_ms * (1.0 - np.array([ratio for _, ratio in ratios])), rcond=None)[0]
-    return np.append(saved[: len(columns[0])], 0.0), np.append(saved[len(columns[0]) :], 0.0)
+def _savings(found: Mapping[Point, Ratio], dense_ms: float) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+    """Return A and F in ms by count, both 0 at the largest: the fit to the ratios, then to each draw (1 + DRAWS,)."""
+    heads, neurons = sorted({p.heads for p in found}), sorted({p.neurons for p in found})
+    system = [[p.heads == h for h in heads[:-1]] + [p.neurons == n for n in neurons[:-1]] for p in found]
+    values, deviations = np.array([[r.value, (r.high - r.low) / (2 * 1.96)] for r in found.values()]).T[..., None]
+    draws = np.random.default_rng(0).normal(values, deviations, (len(found), DRAWS))
+    gained = dense_ms * (1.0 - np.hstack([values, draws]))
+    fitted = np.linalg.lstsq(np.array(system, dtype=float), gained, rcond=None)[0]
+    nothing = np.zeros((1, 1 + DRAWS))
+    a, f = (np.vstack([part, nothing]) for part in np.split(fitted, [len(heads) - 1]))
+    return dict(zip(heads, a, strict=True)), dict(zip(neurons, f, strict=True))
 
 
-def _monotone(ms: np.ndarray) -> list[float]:
+def _monotone(ms: np.ndarray) -> np.ndarray:
     try:
         from scipy.optimize import isotonic_regression
     except ImportError as error:
         raise MissingExtraError("scipy", "cpu") from error
-    return [float(x) for x in isotonic_regression(np.maximum(ms, 0.0)).x]
+    return np.asarray(isotonic_regression(np.maximum(ms, 0.0)).x)

@@ -68,6 +68,8 @@ def test_layer_costs_are_recovered_from_whole_models() -> None:
     noisy = {p: ratio(p, 0.05 * (-1) ** i) for i, p in enumerate(points)}
     kinds, _ = kind_tables(noisy, dense, layers, heads, 2, neurons)
     assert all(a <= b for kind in kinds.values() for a, b in zip(kind.ms, kind.ms[1:], strict=False))
+    for kind in kinds.values():
+        assert all(lo <= ms <= hi for lo, ms, hi in zip(kind.low_ms, kind.ms, kind.high_ms, strict=True))
 
 
 def test_costs_add_up_to_the_dense_latency() -> None:
