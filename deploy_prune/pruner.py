@@ -65,6 +65,8 @@ class Pruner:
         asked = options or Options()
         options = asked.resolved(self.groups)
         criterion = get_criterion(options.criterion)
+        if options.compensate != "none":
+            get_solver(options.compensate)  # an unknown one is refused before anything is computed
         recorder = Recorder(self.device)
         stats = self._calibrate(options, criterion, recorder)
         scores = self._score(options, criterion, stats, recorder)

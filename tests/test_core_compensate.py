@@ -303,3 +303,12 @@ def test_unknown_compensation_lists_the_known() -> None:
     with pytest.raises(InputError, match="prayer") as caught:
         get_solver("prayer")
     assert "refit" in caught.value.hint
+
+
+def test_an_unknown_compensation_costs_no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It used to be refused after minutes of calibration and scores."""
+    monkeypatch.setattr("deploy_prune.pruner.calibrate", lambda *args, **kwargs: pytest.fail("calibrated first"))
+    with pytest.raises(InputError, match="prayer"):
+        prune_rows(
+            tiny_model("bert"), Head("classification"), tiny_rows(64), Budget(0.5), options=Options(compensate="prayer")
+        )
