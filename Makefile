@@ -7,10 +7,10 @@ PYTHON ?= python3
 # The CPU and the CUDA runtimes overwrite each other, so each flavour has an environment of its own.
 ifeq ($(GPU),1)
 VENV := .venv-gpu
-EXTRAS := gpu,tensorrt,dev
+EXTRAS := gpu,tensorrt,openvino,dev
 else
 VENV := .venv
-EXTRAS := cpu,dev
+EXTRAS := cpu,openvino,rtx,dev
 endif
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed

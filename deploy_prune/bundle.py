@@ -19,15 +19,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.numpy import load_file, save_file
 
 from .errors import BundleError, InputError, SystemStateError
-from .units import SlicePlan
+
+if TYPE_CHECKING:
+    from .units import SlicePlan
 
 SCHEMA_VERSION = "1.0"
 Variant = Literal["dense", "virtual", "sliced"]
@@ -35,7 +35,7 @@ VARIANTS: tuple[Variant, ...] = ("dense", "virtual", "sliced")
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    model_config = ConfigDict(extra="allow", protected_namespaces=(), defer_build=True)  # built at the first use
 
 
 class Parity(_Model):
@@ -43,6 +43,7 @@ class Parity(_Model):
 
     status: Literal["passed", "not_run"]
     max_abs: float | None = None
+    agreement: float | None = None  # share of equal predictions on the golden rows
     reason: str | None = None
 
 
@@ -54,10 +55,17 @@ class Artifact(_Model):
     dialect: str
     scheme: str | None = None
     precision: str
+    shape: tuple[int, int] | None = None  # a fixed batch and sequence; None: both are free
     path: str
     sha256: str
-    data_path: str | None = None  # weights above 2 GB lie beside an ONNX file
+    data_path: str | None = None  # weights beside the file: of ONNX above 2 GB, of OpenVINO's IR
+    key: str | None = None  # hash of all that the file was made from
+    source: str | None = None  # the artifact that this one was built from
     parity: Parity
+    quality: dict[str, Any] | None = None  # of lower precisions, on the evaluation rows
+    signature: dict[str, list[str]] = Field(default_factory=dict)  # inputs and outputs, where the file has no names
+    engine: dict[str, Any] | None = None  # builder, versions, profile and GPUs of an engine
+    reproduce: list[str] = Field(default_factory=list)  # command lines that build it again from `source`
 
 
 class Stage(_Model):
@@ -152,6 +160,8 @@ class Bundle:
 
     def plan(self) -> SlicePlan:
         """Read plan.json."""
+        from .units import SlicePlan
+
         return SlicePlan.from_dict(json.loads(self.path("plan.json").read_text("utf-8")))
 
     def add_file(self, source: Path, folder: str, stem: str) -> str:
@@ -160,7 +170,13 @@ class Bundle:
         It exists for readers once `commit` has written the manifest that names it.
         """
         digest = sha256_file(source)
-        relative = f"{folder}/{stem}-{digest[:12]}{source.suffix}" if folder else f"{stem}{source.suffix}"
+        return self.add_as(
+            source, f"{folder}/{stem}-{digest[:12]}{source.suffix}" if folder else f"{stem}{source.suffix}"
+        )
+
+    def add_as(self, source: Path, relative: str) -> str:
+        """Move a file into the bundle under a name that tells its contents from others'; return that name."""
+        digest = sha256_file(source)
         target = self.path(relative)
         with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -177,6 +193,8 @@ class Bundle:
 
     def golden(self) -> list[GoldenCase]:
         """Read the golden cases: inputs and each variant's outputs at several shapes and paddings."""
+        from safetensors.numpy import load_file
+
         cases = []
         for entry in self.manifest.golden:
             tensors = load_file(self.path(entry["path"]))
@@ -190,6 +208,8 @@ class Bundle:
 
     def add_golden(self, case: GoldenCase) -> None:
         """Store one golden case as golden/case<N>-<hash>.safetensors."""
+        from safetensors.numpy import save_file
+
         tensors = {f"input.{name}": array for name, array in case.inputs.items()}
         for variant, outputs in case.outputs.items():
             tensors |= {f"{variant}.{name}": array for name, array in outputs.items()}
@@ -268,6 +288,8 @@ def staging(destination: str | Path) -> Iterator[Bundle]:
 @contextmanager
 def locked(destination: str | Path) -> Iterator[None]:
     """Hold the lock of a bundle folder; raises SystemStateError when another run holds it."""
+    from filelock import FileLock, Timeout  # readers need no lock, and start faster without it
+
     destination = Path(os.path.abspath(destination))
     lock = FileLock(destination.parent / f".{destination.name}.lock")
     with disk_errors(destination):

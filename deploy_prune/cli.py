@@ -12,9 +12,9 @@ import typer
 
 from . import __version__, cli_lab, screen
 from .bundle import VARIANTS, Bundle, Variant, locked
-from .config import Recipe
+from .config import ExportSettings, Recipe
 from .errors import DeployPruneError, MissingExtraError, SystemStateError
-from .flags import Json, numbers, recipe_command, words
+from .flags import Json, export_command, numbers, recipe_command, words
 
 app = typer.Typer(
     name="deploy-prune",
@@ -34,6 +34,10 @@ EXTRA_OF = {
     "onnx": "cpu",
     "onnxruntime": "cpu",
     "scipy": "cpu",
+    "openvino": "openvino",
+    "nncf": "openvino",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "rtx",
 }
 
 
@@ -101,37 +105,72 @@ def slice_command(
 
 
 @app.command()
+@export_command
 def export(
     bundle: BundleArg,
-    formats: Annotated[str, typer.Option("--format", "--formats", help="Formats, separated by commas.")] = "onnx",
-    precisions: Annotated[str, typer.Option("--precision", "--precisions", help="Precisions.")] = "fp32",
+    settings: ExportSettings,
     variants: Annotated[str, typer.Option(help="Variants to export.")] = "dense,virtual,sliced",
+    data: Annotated[
+        bool, typer.Option(help="Read the task's data: static int8 and measured quality need them.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Export a bundle's models; every file is compared with its model before it is kept.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
       deploy-prune export bundles/demo --variants sliced
-    """
-    from .export import export_bundle
 
+      deploy-prune export bundles/demo --format onnx,openvino --precision fp32,fp16,int8
+    """
+    from .export import Options, evaluation_of, export_bundle
+
+    options, chosen = Options.of(settings), _variants(variants)
     with locked(bundle):
         opened = Bundle.open(bundle)
+        lower = any(p != "fp32" for p in settings.precisions)
         with screen.Bars() as bars, bars.stage("export"):
             made = export_bundle(
                 opened,
-                formats=words(formats),
-                precisions=words(precisions),
-                variants=_variants(variants),
+                formats=settings.formats,
+                precisions=settings.precisions,
+                variants=chosen,
+                options=options,
+                evaluation=evaluation_of(opened) if data and lower else None,
             )
         _write_report(opened)
     if as_json:
-        screen.print_json([a.model_dump() for a in made])
-        return
-    for artifact in made:
-        difference = "" if artifact.parity.max_abs is None else f", max abs {artifact.parity.max_abs:.1e}"
-        screen.out.print(f"{artifact.path}  parity {artifact.parity.status}{difference}", highlight=False)
+        screen.print_json([a.model_dump() for a in made.artifacts])
+    else:
+        for artifact in made.artifacts:
+            screen.print_artifact(artifact)
+    for line in made.left_out():
+        screen.err.print(line, soft_wrap=True, highlight=False, markup=False)
+    made.check()
+
+
+@app.command()
+def verify(bundle: BundleArg, as_json: Json = False) -> None:
+    """Run every artifact that can run on this machine against the bundle's golden outputs.
+
+    What was not run where it was built (engines without their GPU) is completed; a difference is exit 1.
+
+    [bold]Example[/bold]
+
+      deploy-prune verify bundles/demo
+    """
+    from .export import verify_bundle
+
+    with locked(bundle):
+        opened = Bundle.open(bundle)
+        found = verify_bundle(opened)
+        opened.commit()
+    if as_json:
+        screen.print_json([a.model_dump() for a in opened.manifest.artifacts])
+    else:
+        for artifact in opened.manifest.artifacts:
+            screen.print_artifact(artifact)
+    found.check()
 
 
 @app.command()

@@ -18,10 +18,38 @@ def _field(default: Any, description: str, **limits: Any) -> Any:
     return Field(default=default, description=description, **limits)
 
 
-class Recipe(BaseModel):
-    """Describe a run completely; unknown keys are refused."""
+class ExportSettings(BaseModel):
+    """Say which files an export makes, and how."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    formats: tuple[str, ...] = _field(
+        ("auto",), "onnx, openvino, tensorrt, rtx, pt2; auto is every one whose builder is installed."
+    )
+    precisions: tuple[str, ...] = _field(("fp32",), "fp32, fp16, bf16, int8.")
+    dialects: tuple[str, ...] = _field(("opset23",), "Of ONNX: opset18, opset23, mha.")
+    schemes: tuple[str, ...] = _field(("dynamic", "qdq"), "Of int8: dynamic (ONNX Runtime's CPU), qdq (static).")
+    calibrate_by: Literal["minmax", "percentile", "entropy"] = _field("minmax", "Ranges of static int8.")
+    calibration_rows: int = _field(256, "Rows of the calibration set that static int8 uses.", ge=1)
+    profile: str | None = _field(
+        None, "A fixed shape, 1x128, or an engine's smallest:usual:largest, 1x8:1x128:8x384 (batch x tokens)."
+    )
+    builder_level: int | None = _field(None, "TensorRT's builder optimisation level.", ge=0, le=5)
+    version_compatible: bool = _field(False, "Let later versions of TensorRT load the engine.")
+    hardware_compatible: bool = _field(False, "Let other GPUs (Ampere and later) load the engine.")
+    refit: bool = _field(False, "Let the engine's weights be replaced later.")
+    strip: bool = _field(False, "Leave the weights out of the engine; they are refitted on the target.")
+    compute_capabilities: tuple[str, ...] = _field(
+        (), "GPUs that rtx engines are for (8.9); none: the builder's choice."
+    )
+    aot_inductor: bool = _field(False, "Compile pt2 ahead of time as well (needs a C++ compiler).")
+    exporter: Literal["torch", "optimum"] = _field(
+        "torch", "Who writes the ONNX file: torch, or optimum (in an environment that has it)."
+    )
+
+
+class Recipe(ExportSettings):
+    """Describe a run completely; unknown keys are refused."""
 
     model: str = Field(
         default="demo", description="Hub id or folder of a fine-tuned checkpoint; 'demo' is the built-in one."
@@ -86,8 +114,6 @@ class Recipe(BaseModel):
         default=None, ge=0, description="Fail above this loss of quality, in points (0.01)."
     )
 
-    formats: tuple[str, ...] = _field(("onnx",), "Formats to export.")
-    precisions: tuple[str, ...] = _field(("fp32",), "Precisions to export.")
     runtimes: tuple[str, ...] = _field(("ort-cpu", "torch"), "Runtimes to measure in.")
     batches: tuple[int, ...] = _field((1,), "Batch sizes to measure at.")
     bench_seconds: float = _field(4.0, "Time limit of one latency measurement, in seconds.", gt=0)
@@ -141,15 +167,23 @@ def load_recipe(path: str | Path | None = None, **flags: Any) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise InputError(_explain(error, path), hint="See: deploy-prune run --help") from error
+        raise InputError(_explain(error, path, Recipe), hint="See: deploy-prune run --help") from error
 
 
-def _explain(error: ValidationError, path: str | Path | None) -> str:
+def load_settings(**flags: Any) -> ExportSettings:
+    """Check the settings of an export (those not None). Raises InputError naming the one and what is allowed."""
+    try:
+        return ExportSettings.model_validate({k: v for k, v in flags.items() if v is not None})
+    except ValidationError as error:
+        raise InputError(_explain(error, None, ExportSettings), hint="See: deploy-prune export --help") from error
+
+
+def _explain(error: ValidationError, path: str | Path | None, settings: type[BaseModel]) -> str:
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key '{key}'; known: {', '.join(sorted(Recipe.model_fields))}")
+            lines.append(f"unknown key '{key}'; known: {', '.join(sorted(settings.model_fields))}")
         else:
             message = item["msg"].removeprefix("Value error, ")
             shown = f"{key} = {item['input']!r}: " if key else ""  # no key: several fields do not fit together

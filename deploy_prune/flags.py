@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from pydantic import BaseModel
 
-from .config import Recipe, load_recipe
+from .config import ExportSettings, Recipe, load_recipe, load_settings
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-ALIASES = {"formats": ("--formats", "--format"), "precisions": ("--precision", "--precisions")}
+ALIASES = {
+    "formats": ("--formats", "--format"),
+    "precisions": ("--precision", "--precisions"),
+    "dialects": ("--dialects", "--dialect"),
+    "schemes": ("--schemes", "--scheme"),
+}
 
 
 def recipe_command(function: Callable[..., None]) -> Callable[..., None]:
@@ -31,13 +37,55 @@ def recipe_command(function: Callable[..., None]) -> Callable[..., None]:
             annotation=Annotated[Path | None, typer.Option("--config", "-c", help="Recipe (TOML); flags override it.")],
         ),
     ]
-    for name, field in Recipe.model_fields.items():
-        if name == "model":
+    parameters += setting_flags(Recipe, leave_out=("model",))
+    parameters.append(inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json))
+
+    def command(**values: Any) -> None:
+        as_json, path = values.pop("as_json"), values.pop("recipe")
+        function(load_recipe(path, **split_lists(Recipe, values)), as_json)
+
+    return dressed(command, function, parameters)
+
+
+def export_command(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command on a bundle one flag per field of the export settings, before its own parameters."""
+    own = list(inspect.signature(function, eval_str=True).parameters.values())
+    first, rest = own[0], own[2:]  # the bundle; then the settings, which the flags stand for
+    parameters = [first, *setting_flags(ExportSettings), *(p.replace(kind=p.KEYWORD_ONLY) for p in rest)]
+
+    def command(**values: Any) -> None:
+        names = [name for name in ExportSettings.model_fields if name in values]
+        given = split_lists(ExportSettings, {name: values.pop(name) for name in names})
+        function(values.pop(first.name), load_settings(**given), **values)
+
+    return dressed(command, function, parameters)
+
+
+def dressed(command: Any, function: Callable[..., None], parameters: list[inspect.Parameter]) -> Any:
+    """Give a command the name and text of a function and the parameters that typer shall see."""
+    command.__doc__ = function.__doc__
+    command.__name__ = function.__name__
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def split_lists(settings: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+    """Split at the commas what the settings take as lists."""
+    lists = [n for n, f in settings.model_fields.items() if get_origin(f.annotation) is tuple]
+    return {n: words(v) if n in lists and v is not None else v for n, v in values.items()}
+
+
+def setting_flags(settings: type[BaseModel], leave_out: tuple[str, ...] = ()) -> list[inspect.Parameter]:
+    """Return one flag per field, None where it is not given: the settings check the values."""
+    parameters = []
+    for name, field in settings.model_fields.items():
+        if name in leave_out:
             continue
         flag = f"--{name.replace('_', '-')}"
-        flags = (f"{flag}/--no-{name.replace('_', '-')}",) if name == "label_free" else ALIASES.get(name, (flag,))
-        default = "" if field.default is None else f" [dim]\\[default: {_shown(field.default)}][/dim]"
         kind = _flag_type(field.annotation)
+        flags = (f"{flag}/--no-{name.replace('_', '-')}",) if kind is bool else ALIASES.get(name, (flag,))
+        default = "" if field.default in (None, ()) else f" [dim]\\[default: {_shown(field.default)}][/dim]"
         metavar = None if kind is bool else "NUMBER" if kind in (int, float) else "TEXT"
         option = typer.Option(*flags, help=f"{field.description}{default}", show_default=False, metavar=metavar)
         parameters.append(
@@ -48,20 +96,7 @@ def recipe_command(function: Callable[..., None]) -> Callable[..., None]:
                 annotation=Annotated[bool | None if kind is bool else str | None, option],  # the recipe checks it
             )
         )
-    parameters.append(inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json))
-
-    def command(**values: Any) -> None:
-        as_json, path = values.pop("as_json"), values.pop("recipe")
-        for name in ("formats", "precisions", "runtimes", "batches"):
-            if values[name] is not None:
-                values[name] = [part.strip() for part in values[name].split(",") if part.strip()]
-        function(load_recipe(path, **values), as_json)
-
-    command.__doc__ = function.__doc__
-    command.__name__ = function.__name__
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command
+    return parameters
 
 
 def _flag_type(annotation: Any) -> type:

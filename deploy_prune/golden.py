@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from .archs import max_positions
 from .batches import Batches
 from .bundle import GoldenCase
 from .heads import Head
@@ -36,13 +36,6 @@ def golden_cases(variants: Variants, head: Head, rows: Sequence[Row], pad_id: in
                 case.outputs[name] = {k: v.float().numpy().copy() for k, v in outputs.items()}
         cases.append(case)
     return cases
-
-
-def max_positions(model: Any) -> int:
-    """Return how many tokens the position embeddings allow."""
-    config = model.config
-    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "mpnet") else 0
-    return int(config.max_position_embeddings) - offset
 
 
 def random_rows(model: nn.Module, inputs: Sequence[str], pad_id: int) -> list[Row]:

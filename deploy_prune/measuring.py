@@ -68,7 +68,9 @@ class Stage:
         for case in golden_cases(alone, self.head, random_rows(model, inputs, pad_id), pad_id):
             bundle.add_golden(case)
         if self.runtime in FORMAT_OF:
-            export_bundle(bundle, formats=(FORMAT_OF[self.runtime],), variants=("sliced",), models={"sliced": model})
+            export_bundle(
+                bundle, formats=(FORMAT_OF[self.runtime],), variants=("sliced",), models={"sliced": model}
+            ).check()
         bundle.commit()
         return root
 

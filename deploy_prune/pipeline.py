@@ -8,22 +8,21 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from . import __version__
-from .archs import arch_of
+from .archs import arch_of, max_positions
 from .bundle import VARIANTS, Artifact, Bundle, Stage, disk_errors, publish, staging, write_atomically
 from .calibration import sample_indices
 from .checkpoint import Dense, input_names, load_config, load_dense, save_sliced
 from .config import MIN_SAMPLES, Recipe
 from .costs import Budget, encoder_flops
-from .errors import InputError, VerdictError
+from .errors import BundleError, InputError, VerdictError
 from .evaluate import evaluate
-from .golden import max_positions
 from .heads import Head
 from .latency_table import read_latency_table
 from .progress import Reporter, Silent
@@ -35,14 +34,20 @@ from .tasks.registry import model_head
 from .units import SlicePlan
 from .variants import Variants, count_variants, make_variants
 
+if TYPE_CHECKING:
+    from .export import Evaluation, Exported
+
 VERSIONED = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "scipy", "tokenizers")
 
 
 def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True, bench: bool = True) -> Bundle:
     """Run a recipe and publish its bundle; nothing is left behind, and an old bundle untouched, if it fails.
 
+    Files that fail to export are left out of the bundle, which is published; VerdictError then names them.
     Raises DeployPruneError: see `errors` for the tree and its exit codes.
     """
+    from .export import Evaluation
+
     reporter = reporter or Silent()
     device = resolve_device(recipe.device)
     source, task_name, data_path = _resolve(recipe, reporter)
@@ -101,8 +106,20 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
             record["rows"] = evaluate(bundle, variants, data, head, device, progress)
         _store(bundle, variants, dense, recorder)
         _guard(bundle, recipe)
-        _finish(bundle, variants.items(), recipe, recorder, reporter, export=export, bench=bench)
-        return publish(bundle, destination)
+        made = _finish(
+            bundle,
+            variants.items(),
+            recipe,
+            recorder,
+            reporter,
+            export=export,
+            bench=bench,
+            evaluation=Evaluation(data, rows, head, _pad_id(dense)),
+            previous=_earlier(destination),
+        )
+        published = publish(bundle, destination)
+    made.check()
+    return published
 
 
 def slice_given(
@@ -161,20 +178,33 @@ def _finish(
     *,
     export: bool,
     bench: bool,
-) -> None:
+    evaluation: Evaluation | None = None,
+    previous: Bundle | None = None,
+) -> Exported:
     """Export, measure and report a bundle in place; the last step of every way to make one."""
-    from .export import export_bundle
+    from .export import Exported, Options, export_bundle, plan_kinds
     from .runtime_bench.bench import bench_bundle
     from .runtime_bench.report import write_report
 
+    made = Exported()
     if export:
         with recorder.stage("export") as record, reporter.stage("export") as progress:
-            step = Steps(progress, 2 * len(VARIANTS) * len(recipe.formats) * len(recipe.precisions))
+            options = Options.of(recipe)
+            kinds, _ = plan_kinds(recipe.formats, recipe.precisions, options)
             made = export_bundle(
-                bundle, formats=recipe.formats, precisions=recipe.precisions, models=models, progress=step
+                bundle,
+                formats=recipe.formats,
+                precisions=recipe.precisions,
+                options=options,
+                models=models,
+                evaluation=evaluation,
+                previous=previous,
+                progress=Steps(progress, 2 * len(VARIANTS) * len(kinds)),
             )
-            record["artifacts"] = len(made)
-            _check_graphs(bundle, made)
+            record |= {"artifacts": len(made.artifacts), "reused": made.reused, "failures": len(made.failures)}
+            _check_graphs(bundle, made.artifacts)
+        for line in made.left_out():
+            reporter.note(line)
         _commit(bundle, recorder)
     if export and bench:
         with recorder.stage("bench") as record, reporter.stage("bench") as progress:
@@ -191,6 +221,15 @@ def _finish(
     _commit(bundle, recorder)
     write_report(bundle)
     bundle.commit()
+    return made
+
+
+def _earlier(destination: Path) -> Bundle | None:
+    """Return the bundle that this run will replace, whose files are taken over where nothing changed."""
+    try:
+        return Bundle.open(destination)
+    except BundleError:
+        return None
 
 
 def _check_graphs(bundle: Bundle, artifacts: Sequence[Artifact]) -> None:
@@ -199,7 +238,7 @@ def _check_graphs(bundle: Bundle, artifacts: Sequence[Artifact]) -> None:
 
     shape = (1, int(bundle.manifest.budget["seq_len"]))
     for artifact in artifacts:
-        if artifact.format == "onnx":
+        if artifact.format == "onnx" and artifact.precision == "fp32" and artifact.shape is None:
             counted = count_onnx(bundle.path(artifact.path), dict.fromkeys(bundle.manifest.model["inputs"], shape))
             expected = bundle.manifest.counts[artifact.variant]["flops"]
             if counted != expected:

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from .archs import check_config
+from .archs import check_config, max_positions
 from .checkpoint import input_names, load_config, load_dense
 from .errors import InputError
-from .golden import max_positions
 from .heads import Head
 from .latency_table import LatencyTable
 from .measuring import Candidate, Shape, Stage, time_bundles

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .bundle import Artifact
 from .errors import DeployPruneError
 from .latency_table import LatencyTable
 from .progress import Progress as ShareDone
@@ -51,6 +52,22 @@ class Bars:
 
     def note(self, text: str) -> None:
         self.progress.console.print(escape(text))
+
+
+def print_artifact(artifact: Artifact) -> None:
+    """Print one line: the file, its parity, and what its precision costs."""
+    parity = artifact.parity
+    line = f"{artifact.path}  parity {parity.status}"
+    if parity.max_abs is not None:
+        line += f", max abs {parity.max_abs:.1e}"
+    if parity.reason:
+        line += f": {parity.reason}"
+    if (quality := artifact.quality) is not None:
+        if quality["value"] is not None:
+            line += f"; {quality['metric']} {quality['value']:.4f} (fp32 {quality['fp32']:.4f})"
+        if (agreement := quality["to_fp32"].get("agreement")) is not None:
+            line += f", agreement with fp32 {agreement:.4f}"
+    out.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def print_json(value: Any) -> None:

@@ -1,28 +1,30 @@
-"""ONNX by the dynamo exporter: opset 23, with real Attention nodes, dynamic batch and sequence."""
+"""ONNX in three dialects: opset 18 (widest support), opset 23 (Attention nodes), MHA (for the CUDA provider)."""
 
 from __future__ import annotations
 
 import io
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..bundle import Artifact
 from ..errors import InputError, MissingExtraError
 from ..runtimes import Runner
 from ..runtimes.ort import OrtRunner
-from .registry import Source
+from . import lower
+from .mha import mha_from_attention
+from .program import program_from_torch, quiet
+from .registry import Feeds, Kind, Options, Shape, Source, missing_package
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..heads import Head
 
-OPSET = 23
-TRACED_SHAPE = (3, 11)  # batch, sequence: neither 0 nor 1 (dynamo fixes those), nor equal to each other
-EXTERNAL_DATA_ABOVE_BYTES = 2_000_000_000  # protobuf holds at most 2 GiB
+OPSETS = {"opset18": 18, "opset23": 23, "mha": 23}
+EXTERNAL_DATA_ABOVE_BYTES = Options.external_data_above_bytes
 
 
 def onnx_from_torch(
@@ -31,47 +33,66 @@ def onnx_from_torch(
     path: str | Path,
     *,
     input_names: Sequence[str],
-    opset: int = OPSET,
+    dialect: str = "opset23",
+    shape: Shape | None = None,
     metadata: Mapping[str, str] | None = None,
     external_data_above_bytes: int = EXTERNAL_DATA_ABOVE_BYTES,
 ) -> None:
     """Write a model with its head as ONNX: inputs (batch, sequence) int64, outputs named by the head.
 
-    Weights above `external_data_above_bytes` in all go to `path` + ".data" beside it. The file has
-    passed the ONNX checker. Raises InputError when the model cannot be traced or has an empty weight,
-    MissingExtraError without torch, onnx or onnxscript.
+    `shape` fixes the axes; else both are free. Weights above `external_data_above_bytes` in all go to
+    `path` + ".data" beside it. The file has passed the ONNX checker. Raises InputError when the model
+    cannot be traced or has an empty weight, MissingExtraError without torch, onnx or onnxscript.
     """
+    program = program_from_torch(model, head, input_names)
+    proto = proto_from_program(program, input_names, head.output_names, dialect)
+    write_onnx(proto, path, shape, metadata, external_data_above_bytes)
+
+
+def proto_from_program(program: Any, input_names: Sequence[str], output_names: Sequence[str], dialect: str) -> Any:
+    """Translate a traced program into an ONNX ModelProto of a dialect. Raises InputError where that fails."""
     try:
-        import onnx
         import onnxscript  # noqa: F401  (the exporter needs it and names it badly)
         import torch
     except ImportError as error:
         raise MissingExtraError(str(error.name), "cpu") from error
-    path = Path(path)
-    model.eval()
-    device = next(model.parameters()).device
-    batch = torch.ones(TRACED_SHAPE, dtype=torch.long, device=device)
-    with _quiet(), _sdpa(model):
+    axes = {0: "batch", 1: "sequence"}
+    with quiet(), redirect_stdout(io.StringIO()):
         try:
-            program: Any = torch.onnx.export(
-                _with_head(model, head, input_names),
-                tuple(batch.clone() for _ in input_names),
+            translated: Any = torch.onnx.export(
+                program,
                 dynamo=True,
-                opset_version=opset,
+                opset_version=OPSETS[dialect],
                 input_names=list(input_names),
-                output_names=list(head.output_names),
-                dynamic_shapes=(tuple({0: "batch", 1: "sequence"} for _ in input_names),),
+                output_names=list(output_names),
+                dynamic_shapes=(tuple(axes for _ in input_names),),
                 verbose=False,
             )
         except (torch.onnx.OnnxExporterError, torch.onnx.errors.OnnxExporterError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise InputError(
-                f"{type(model).__name__} cannot be exported to ONNX: {reason}",
-                hint="Its forward pass is not traceable; see the chained error with --debug.",
+                f"The model cannot be exported to ONNX: {str(error).strip().splitlines()[0]}",
+                hint="See the chained error with --debug.",
             ) from error
-    _free_names(program.model, head.output_names)
-    proto = program.model_proto
+    _free_names(translated.model, output_names)
+    proto = translated.model_proto
     _check_weights(proto)
+    return mha_from_attention(proto) if dialect == "mha" else proto
+
+
+def write_onnx(
+    proto: Any,
+    path: str | Path,
+    shape: Shape | None = None,
+    metadata: Mapping[str, str] | None = None,
+    external_data_above_bytes: int = EXTERNAL_DATA_ABOVE_BYTES,
+) -> None:
+    """Fix the axes if asked, add the metadata, save and check."""
+    import onnx
+
+    path = Path(path)
+    if shape is not None:
+        _fix_axes(proto, shape)
+    del proto.metadata_props[:]
     onnx.helper.set_model_props(proto, {**(metadata or {})})
     if sum(_weight_bytes(t) for t in proto.graph.initializer) > external_data_above_bytes:
         data = path.name + ".data"
@@ -81,51 +102,14 @@ def onnx_from_torch(
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def _with_head(model: nn.Module, head: Head, input_names: Sequence[str]) -> nn.Module:
-    """Wrap a model so that it takes its inputs by position and returns its head's outputs as a tuple."""
-    from torch import Tensor, nn
-
-    class WithHead(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-            outputs = head.outputs(self.model, dict(zip(input_names, inputs, strict=True)))
-            return tuple(outputs[name] for name in head.output_names)
-
-    return WithHead().eval()
-
-
-@contextmanager
-def _sdpa(model: Any) -> Iterator[None]:
-    """Use scaled_dot_product_attention where the model can: only that becomes an Attention node."""
-    config = getattr(model, "config", None)
-    before = getattr(config, "_attn_implementation", None)
-    if before in (None, "sdpa") or not getattr(model, "_supports_sdpa", False):
-        yield
-        return
-    model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back the exporter's progress lines and warnings; errors are raised as ever."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "transformers.modeling_utils")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+def _fix_axes(proto: Any, shape: Shape) -> None:
+    """Give the free axes their sizes; everything derived from them is inferred anew."""
+    sizes = dict(zip(("batch", "sequence"), shape, strict=True))
+    for value in (*proto.graph.input, *proto.graph.output):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param in sizes:
+                axis.dim_value = sizes[axis.dim_param]
+    del proto.graph.value_info[:]
 
 
 def _free_names(model: Any, names: Sequence[str]) -> None:
@@ -148,25 +132,56 @@ def _check_weights(proto: Any) -> None:
 
 
 def _weight_bytes(tensor: Any) -> int:
-    import math
-
     import onnx
 
     return math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
 class OnnxExporter:
-    """Write ONNX in the dialect that ONNX Runtime's CPU provider runs fastest."""
+    """Write ONNX; lower precisions are made from the fp32 file of the same dialect."""
 
-    dialect = f"opset{OPSET}"
-    scheme = None
-    precisions = ("fp32",)
     suffix = ".onnx"
+    packages: tuple[str, ...] = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 
-    def export(self, source: Source, path: Path) -> None:
-        onnx_from_torch(source.model, source.head, path, input_names=source.input_names, metadata=source.metadata)
+    def missing(self) -> Exception | None:
+        return missing_package("cpu", "torch", "onnx", "onnxscript", "onnxruntime")
 
-    def relocate_data(self, path: Path, name: str) -> None:
+    def kinds(self, precision: str, options: Options) -> Sequence[Kind] | str:
+        if precision == "bf16":
+            return "ONNX Runtime's CPU provider does not compute in bf16, so that no file could be checked"
+        schemes: tuple[str | None, ...] = options.schemes if precision == "int8" else (None,)
+        # The fused nodes of the mha dialect are for the CUDA provider, which has no int8 of these.
+        dialects = [d for d in options.dialects if not (d == "mha" and precision == "int8")]
+        if not dialects:
+            return "the mha dialect has no int8; give opset18 or opset23 as well"
+        return [Kind("onnx", d, precision, s, options.shape) for d in dialects for s in schemes]
+
+    def export(self, kind: Kind, source: Source, path: Path) -> Mapping[str, Any]:
+        import onnx
+
+        outputs, limit = source.head.output_names, source.options.external_data_above_bytes
+        said: dict[str, Any] = {}
+        if kind.precision == "fp32":
+            proto = proto_from_program(source.program, source.input_names, outputs, kind.dialect)
+        else:
+            base = source.made(Kind("onnx", kind.dialect, "fp32", None, kind.shape))
+            proto = onnx.load(base)
+            if kind.precision == "fp16":
+                proto = lower.to_fp16(proto)
+            elif kind.scheme == "dynamic":
+                proto = lower.to_dynamic_int8(proto)
+            else:
+                calibration: Sequence[Feeds] = source.calibration()
+                method = source.options.calibrate_by
+                proto = lower.to_qdq_int8(proto, calibration, method)
+                said = {"calibration": {"method": method, "rows": sum(len(f["input_ids"]) for f in calibration)}}
+        write_onnx(proto, path, kind.shape, source.metadata, limit)
+        return said
+
+    def runner(self, artifact: Artifact, path: Path) -> Runner | str:
+        return OrtRunner(path)
+
+    def rename_data(self, path: Path, name: str) -> None:
         import onnx
 
         proto = onnx.load(path, load_external_data=False)
@@ -175,9 +190,6 @@ class OnnxExporter:
                 if entry.key == "location":
                     entry.value = name
         onnx.save_model(proto, path)
-
-    def runner(self, path: Path) -> Runner:
-        return OrtRunner(path)
 
 
 EXPORTERS = {"onnx": OnnxExporter()}

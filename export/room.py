@@ -2,18 +2,56 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bundle import VARIANTS, Artifact, Bundle, Parity, Variant, disk_errors
+from ..bundle import VARIANTS, Artifact, Bundle, GoldenCase, Parity, Variant, disk_errors, sha256_file
+from ..errors import DeployPruneError, MissingExtraError, SystemStateError, VerdictError
+from ..runtimes import Runner
+from ..runtimes.fixed import FixedShape
+from ..runtimes.torch_runner import TorchRunner
+from .evaluation import Evaluation
 from .parity import check_parity
-from .registry import Exporter, Source, find_exporter
+from .registry import Feeds, Kind, Options, Skipped, Source, available_exporters, plan_kinds
 
 if TYPE_CHECKING:
     from torch import nn
+
+RECIPE = 1  # raised when the same options make another file
+# What of the options goes into a file, besides its kind; "int8" and "engine" only where that applies.
+_INT8_OPTIONS = ("calibrate_by", "calibration_rows")
+
+
+@dataclass
+class Exported:
+    """List what an export made, what it took over unchanged, what it left out, and what failed."""
+
+    artifacts: list[Artifact] = field(default_factory=list)
+    reused: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+    failures: dict[str, DeployPruneError] = field(default_factory=dict)  # by label
+
+    def left_out(self) -> list[str]:
+        """Return a line for everything that was not exported."""
+        lines = [f"skipped {s.format}{f' {s.precision}' if s.precision else ''}: {s.reason}" for s in self.skipped]
+        return lines + [f"failed {label}: {error.message}" for label, error in self.failures.items()]
+
+    def check(self) -> None:
+        """Raise VerdictError, naming every file that failed, unless all were made."""
+        if self.failures:
+            lines = [f"{label}: {error.message}" for label, error in self.failures.items()]
+            raise VerdictError(
+                "Not exported: " + "; ".join(lines),
+                hint="These files were not stored; every other one was.",
+            ) from next(iter(self.failures.values()))
 
 
 def export_bundle(
@@ -22,77 +60,265 @@ def export_bundle(
     formats: Sequence[str] = ("onnx",),
     precisions: Sequence[str] = ("fp32",),
     variants: Sequence[Variant] = VARIANTS,
+    options: Options | None = None,
     models: Mapping[str, nn.Module] | None = None,
+    evaluation: Evaluation | None = None,
+    previous: Bundle | None = None,
     progress: Callable[[str], None] | None = None,
-) -> list[Artifact]:
+) -> Exported:
     """Write each variant in each format and precision; the caller commits the bundle.
 
-    `models` gives loaded variants; the others are loaded from the bundle. Files enter the bundle only
-    when all of them have passed. Raises InputError for an unknown format or precision and VerdictError
-    when a file does not compute what its model computes.
+    `models` gives loaded variants; the others are loaded from the bundle. `evaluation` gives the rows for
+    static int8 and for the quality of lower precisions. Files of the same weights and options are taken
+    over from this bundle or from `previous`. A file that fails to build or to match its model is left
+    out and listed. Raises InputError for an unknown format or precision, MissingExtraError for a format
+    that was named and cannot be built here.
     """
-    from ..checkpoint import head_of, load_variant
-
-    plan = [(f, p, find_exporter(f, p)) for f in formats for p in precisions]
-    head, golden, metadata = head_of(bundle), bundle.golden(), _metadata(bundle)
-    done: list[tuple[Exporter, Artifact, Path]] = []
+    kinds, skipped = plan_kinds(formats, precisions, options or Options())
+    result = Exported(skipped=skipped)
+    if evaluation is None:
+        static = [k for k in kinds if k.scheme == "qdq"]
+        kinds = [k for k in kinds if k not in static]
+        reason = "static int8 (qdq) needs calibration data, and there are none"
+        result.skipped += [Skipped(f, "int8", reason) for f in dict.fromkeys(k.format for k in static)]
+    if "virtual" in variants:
+        lower = dict.fromkeys((k.format, k.precision) for k in kinds if k.precision != "fp32")
+        result.skipped += [Skipped(f, p, "the virtual model is a control: fp32 only") for f, p in lower]
     with disk_errors(bundle.root), tempfile.TemporaryDirectory(prefix=".export-", dir=bundle.root) as folder:
         for variant in variants:
-            model = models[variant] if models and variant in models else load_variant(bundle, variant)
-            for name, precision, exporter in plan:
-                label = f"{variant} {name} {precision}"
-                if progress:
-                    progress(f"export {label}")
-                stem = f"{variant}-{name}-{exporter.dialect}-{precision}"
-                path = Path(folder) / f"{stem}{exporter.suffix}"
-                source = Source(
-                    model=model,
-                    head=head,
-                    input_names=bundle.manifest.model["inputs"],
-                    precision=precision,
-                    metadata=metadata | {"deploy_prune.variant": variant},
-                )
-                exporter.export(source, path)
-                if progress:
-                    progress(f"check {label}")
-                with exporter.runner(path) as runner:
-                    parity = check_parity(runner, golden, variant, head=head.kind, precision=precision)
-                done.append((exporter, _artifact(exporter, variant, name, precision, parity), path))
-        return [_add(bundle, *entry) for entry in done]
+            shop = Workshop(
+                bundle, variant, Path(folder), options or Options(), models, evaluation, previous, result, progress
+            )
+            for kind in kinds:
+                if variant != "virtual" or kind.precision == "fp32":
+                    shop.deliver(kind)
+    return result
 
 
-def _artifact(exporter: Exporter, variant: Variant, name: str, precision: str, parity: Parity) -> Artifact:
-    return Artifact(
-        variant=variant,
-        format=name,
-        dialect=exporter.dialect,
-        scheme=exporter.scheme,
-        precision=precision,
-        path="",
-        sha256="",
-        parity=parity,
-    )
+@dataclass
+class Made:
+    """Hold one finished file outside the bundle, or the artifact that was taken over."""
+
+    path: Path
+    artifact: Artifact
+    source: Kind | None = None  # of the file that this one was made from, where that one is kept too
 
 
-def _add(bundle: Bundle, exporter: Exporter, artifact: Artifact, path: Path) -> Artifact:
-    """Move a checked file into the bundle; the manifest's entry of the same kind is replaced."""
-    manifest = bundle.manifest
-    data = path.with_name(path.name + ".data")
-    if data.exists():
-        artifact.data_path = bundle.add_file(data, "artifacts", path.stem)
-        exporter.relocate_data(path, Path(artifact.data_path).name)
-    artifact.path = bundle.add_file(path, "artifacts", path.stem)
-    artifact.sha256 = manifest.files[artifact.path]
-    old = [a for a in manifest.artifacts if _kind(a) == _kind(artifact)]
-    manifest.artifacts = [a for a in manifest.artifacts if _kind(a) != _kind(artifact)] + [artifact]
-    kept = {p for a in manifest.artifacts for p in (a.path, a.data_path)}
-    for relative in {p for a in old for p in (a.path, a.data_path)} - kept:
-        manifest.files.pop(relative or "", None)
-    return artifact
+@dataclass
+class Workshop:
+    """Make the files of one variant; what several of them need is made once."""
+
+    bundle: Bundle
+    variant: Variant
+    folder: Path
+    options: Options
+    models: Mapping[str, nn.Module] | None
+    evaluation: Evaluation | None
+    previous: Bundle | None
+    result: Exported
+    progress: Callable[[str], None] | None
+    made: dict[Kind, Made] = field(default_factory=dict)
+    failed: dict[Kind, DeployPruneError] = field(default_factory=dict)
+
+    def deliver(self, kind: Kind) -> None:
+        """Make one kind of file and put it, and the file it names as its source, into the bundle."""
+        try:
+            made = self.make(kind)
+        except DeployPruneError as error:
+            self.result.failures[f"{self.variant} {kind.label}"] = error
+            return
+        if made.source is not None:
+            made.artifact.source = self._store(self.make(made.source))
+        self._store(made)
+        self.result.artifacts.append(made.artifact)
+
+    def make(self, kind: Kind) -> Made:
+        """Return the checked file of a kind, from the bundle, from an earlier one, or made now.
+
+        Raises DeployPruneError when it cannot be built or does not compute what its model computes.
+        """
+        if kind in self.failed:
+            raise self.failed[kind]
+        if kind not in self.made:
+            try:
+                self.made[kind] = self._taken_over(kind) or self._built(kind)
+            except DeployPruneError as error:
+                self.failed[kind] = error
+                raise
+        return self.made[kind]
+
+    @cached_property
+    def source(self) -> Source:
+        from ..checkpoint import head_of, load_variant
+
+        given = self.models or {}
+        return Source(
+            model=given[self.variant] if self.variant in given else load_variant(self.bundle, self.variant),
+            head=head_of(self.bundle),
+            input_names=self.bundle.manifest.model["inputs"],
+            metadata=_metadata(self.bundle) | {"deploy_prune.variant": self.variant},
+            options=self.options,
+            usual_length=int(self.bundle.manifest.budget.get("seq_len", 128)),
+            feeds=self._feeds if self.evaluation else None,
+            make=lambda kind: self.make(kind).path,
+        )
+
+    def _feeds(self) -> Sequence[Feeds]:
+        assert self.evaluation is not None
+        return self.evaluation.calibration(self.options.calibration_rows, self.options.shape)
+
+    def _built(self, kind: Kind) -> Made:
+        exporter = available_exporters()[kind.format]
+        place = self.folder / f"{self.variant}-{kind.label}"
+        place.mkdir()
+        path = place / f"model{exporter.suffix}"
+        self._say("export", kind)
+        said = dict(exporter.export(kind, self.source, path))
+        source = said.pop("source", None)
+        artifact = Artifact(
+            variant=self.variant,
+            format=kind.format,
+            dialect=kind.dialect,
+            precision=kind.precision,
+            scheme=kind.scheme,
+            shape=kind.shape,
+            path="",
+            sha256="",
+            key=self._key(kind),
+            parity=Parity(status="not_run"),
+            **said,
+        )
+        runner = exporter.runner(artifact, path)
+        if isinstance(runner, str):
+            artifact.parity = Parity(status="not_run", reason=runner)
+            return Made(path, artifact, source)
+        self._say("check", kind)
+        with self._shaped(runner, kind) as runner:
+            head = self.bundle.manifest.task["head"]
+            artifact.parity = check_parity(
+                runner, self._golden(kind), self.variant, head=head, precision=kind.precision
+            )
+            if kind.precision != "fp32" and kind.shape is None and self.evaluation is not None:
+                self._say("evaluate", kind)
+                artifact.quality = self.evaluation.quality(runner, self.source)
+        return Made(path, artifact, source)
+
+    def _shaped(self, runner: Runner, kind: Kind) -> Runner:
+        pad_id = int(self.bundle.manifest.model.get("pad_id", 0))
+        return FixedShape(runner, kind.shape, pad_id) if kind.shape else runner
+
+    def _golden(self, kind: Kind) -> list[GoldenCase]:
+        """Return the golden cases; those longer than a fixed shape are cut, and computed anew."""
+        cases = self.bundle.golden()
+        if kind.shape is None or all(c.inputs["input_ids"].shape[1] <= kind.shape[1] for c in cases):
+            return cases
+        cut = [{name: array[:, : kind.shape[1]] for name, array in c.inputs.items()} for c in cases]
+        with TorchRunner(self.source.model, self.source.head, self.source.input_names) as reference:
+            return [GoldenCase(inputs, {self.variant: reference.infer(inputs)}) for inputs in cut]
+
+    def _taken_over(self, kind: Kind) -> Made | None:
+        """Return the same file of this bundle, or a copy of an earlier bundle's, if there is one."""
+        key = self._key(kind)
+        for bundle in filter(None, (self.bundle, self.previous)):
+            for artifact in bundle.manifest.artifacts:
+                if artifact.key != key or artifact.variant != self.variant:
+                    continue
+                self.result.reused += 1
+                if bundle is self.bundle:
+                    return Made(bundle.path(artifact.path), artifact, _source_kind(bundle, artifact))
+                place = self.folder / f"{self.variant}-{kind.label}"
+                place.mkdir()
+                exporter = available_exporters()[kind.format]
+                path = place / f"model{exporter.suffix}"
+                shutil.copy(bundle.path(artifact.path), path)
+                copied = artifact.model_copy(update={"path": "", "data_path": None})
+                if artifact.data_path:
+                    data = place / _data_name(path.name, Path(artifact.data_path).name)
+                    shutil.copy(bundle.path(artifact.data_path), data)
+                    exporter.rename_data(path, data.name)
+                return Made(path, copied, _source_kind(bundle, artifact))
+        return None
+
+    def _store(self, made: Made) -> str:
+        """Move a file, and its companion, into the bundle; the manifest's entry of the same kind is replaced."""
+        artifact, manifest = made.artifact, self.bundle.manifest
+        if artifact.path:
+            return artifact.path  # there already
+        exporter = available_exporters()[artifact.format]
+        companions = [p for p in made.path.parent.iterdir() if p != made.path]
+        digest = _digest([made.path, *sorted(companions)])
+        stem = f"{self.variant}-{_kind(artifact).label}-{digest[:12]}"
+        name = f"{stem}{exporter.suffix}"
+        for data in companions:
+            renamed = _data_name(name, data.name)
+            exporter.rename_data(made.path, renamed)
+            artifact.data_path = self.bundle.add_as(data, f"artifacts/{renamed}")
+        artifact.path = self.bundle.add_as(made.path, f"artifacts/{name}")
+        made.path = self.bundle.path(artifact.path)
+        names = {"{onnx}": artifact.source or "", "{engine}": artifact.path}
+        for old, new in names.items():
+            artifact.reproduce = [line.replace(old, new) for line in artifact.reproduce]
+        artifact.sha256 = manifest.files[artifact.path]
+        same = [a for a in manifest.artifacts if a.variant == self.variant and _kind(a) == _kind(artifact)]
+        manifest.artifacts = [a for a in manifest.artifacts if a not in same] + [artifact]
+        kept = {p for a in manifest.artifacts for p in (a.path, a.data_path)}
+        for relative in {p for a in same for p in (a.path, a.data_path)} - kept:
+            manifest.files.pop(relative or "", None)
+        return artifact.path
+
+    def _key(self, kind: Kind) -> str:
+        """Return the hash of everything that the file depends on: weights, kind, options, metadata, versions."""
+        manifest, exporter = self.bundle.manifest, available_exporters()[kind.format]
+        options = asdict(self.options)
+        if kind.scheme != "qdq":
+            options = {k: v for k, v in options.items() if k not in _INT8_OPTIONS}
+        if exporter.suffix != ".engine":
+            engine = ("profile", "builder_level", "version_compatible", "hardware_compatible", "refit", "strip")
+            options = {k: v for k, v in options.items() if k not in (*engine, "compute_capabilities")}
+        for elsewhere in ("dialects", "schemes", "shape", "aot_inductor"):  # the kind says it
+            options.pop(elsewhere)
+        contents = {
+            "recipe": RECIPE,
+            "kind": asdict(kind),
+            "options": options,
+            "weights": [manifest.model.get("sha256"), manifest.files.get("sliced/model.safetensors")],
+            "plan": manifest.plan.get("hash"),
+            "metadata": _metadata(self.bundle) | {"variant": self.variant},
+            "calibration": {k: manifest.recipe.get(k) for k in ("data", "samples", "seed", "max_length")},
+            "versions": {name: _version(name) for name in exporter.packages},
+        }
+        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+    def _say(self, what: str, kind: Kind) -> None:
+        if self.progress:
+            self.progress(f"{what} {self.variant} {kind.label}")
 
 
-def _kind(artifact: Artifact) -> tuple[str | None, ...]:
-    return (artifact.variant, artifact.format, artifact.dialect, artifact.scheme, artifact.precision)
+def _kind(artifact: Artifact) -> Kind:
+    return Kind(artifact.format, artifact.dialect, artifact.precision, artifact.scheme, artifact.shape)
+
+
+def _source_kind(bundle: Bundle, artifact: Artifact) -> Kind | None:
+    if artifact.source is None:
+        return None
+    return next((_kind(a) for a in bundle.manifest.artifacts if a.path == artifact.source), None)
+
+
+def _data_name(name: str, data: str) -> str:
+    """Return a companion's name beside a file of that name: model.onnx.data, model.bin."""
+    return f"{name}.data" if data.endswith(".data") else f"{name.rpartition('.')[0]}{Path(data).suffix}"
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    digests = [sha256_file(p) for p in paths]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _metadata(bundle: Bundle) -> dict[str, str]:
@@ -106,3 +332,38 @@ def _metadata(bundle: Bundle) -> dict[str, str]:
         "labels": manifest.task.get("labels", []),
     }
     return {f"deploy_prune.{key}": json.dumps(value, sort_keys=True) for key, value in values.items()}
+
+
+def verify_bundle(bundle: Bundle) -> Exported:
+    """Compare every artifact that can run on this machine with the golden outputs; the caller commits the bundle.
+
+    Parity that was not run is completed. What differs is listed as a failure and keeps its entry.
+    """
+    result, golden = Exported(), bundle.golden()
+    exporters, head = available_exporters(), bundle.manifest.task["head"]
+    for artifact in bundle.manifest.artifacts:
+        kind = _kind(artifact)
+        if artifact.format not in exporters:
+            result.skipped.append(Skipped(artifact.format, artifact.precision, "no exporter of this format is here"))
+            continue
+        runner = exporters[artifact.format].runner(artifact, bundle.path(artifact.path))
+        if isinstance(runner, str):
+            result.skipped.append(Skipped(artifact.format, artifact.precision, runner))
+            continue
+        cases = golden
+        if kind.shape is not None:
+            runner = FixedShape(runner, kind.shape, int(bundle.manifest.model.get("pad_id", 0)))
+            cases = [c for c in golden if c.inputs["input_ids"].shape[1] <= kind.shape[1]]
+        try:
+            with runner:
+                found = check_parity(runner, cases, artifact.variant, head=head, precision=kind.precision)
+        except (MissingExtraError, SystemStateError) as error:
+            result.skipped.append(Skipped(artifact.format, artifact.precision, error.message))
+            continue
+        except VerdictError as error:
+            result.failures[f"{artifact.variant} {kind.label}"] = error
+            continue
+        if found.status == "passed":
+            artifact.parity = found
+        result.artifacts.append(artifact)
+    return result

@@ -21,7 +21,7 @@ from deploy_prune import screen
 from deploy_prune.cli import app, invoke
 
 STAGES = ("calibrate", "score", "search", "rearrange", "compensate", "evaluate", "export", "bench")
-COMMANDS = ("run", "prune", "slice", "export", "bench", "probe", "experiment", "inspect", "doctor")
+COMMANDS = ("run", "prune", "slice", "export", "verify", "bench", "probe", "experiment", "inspect", "doctor")
 
 
 class Workplace:
@@ -241,7 +241,9 @@ def test_corrupted_bundle(published: Workplace, capsys: pytest.CaptureFixture[st
 
 def test_parts_follow_each_other(published: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(published.out)
-    assert invoke(["export", out, "--variants", "dense,sliced"]) == 0
+    assert invoke(["export", out, "--format", "onnx", "--variants", "dense,sliced"]) == 0
+    assert "parity passed" in capsys.readouterr().out
+    assert invoke(["verify", out]) == 0
     assert "parity passed" in capsys.readouterr().out
     assert invoke(["bench", out, "--runtimes", "ort-cpu", "--seconds", "0.1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -252,6 +254,45 @@ def test_parts_follow_each_other(published: Workplace, capsys: pytest.CaptureFix
     assert "artifacts/sliced-onnx" in shown
     assert invoke(["inspect", out, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["schema_version"] == "1.0"
+
+
+def test_precisions_with_their_quality(published: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["export", str(published.out), "--format", "onnx,pt2", "--variants", "sliced", "--json"]
+    assert invoke([*arguments, "--precision", "fp32,int8", "--calibration-rows", "64"]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert [(a["format"], a["precision"], a["scheme"]) for a in found] == [
+        ("onnx", "fp32", None),
+        ("onnx", "int8", "dynamic"),
+        ("onnx", "int8", "qdq"),
+        ("pt2", "fp32", None),
+    ]
+    assert "skipped pt2 int8" in captured.err
+    for artifact in found:
+        assert (artifact["quality"] is None) == (artifact["precision"] == "fp32")
+    assert found[2]["quality"]["n"] == 24
+    assert found[2]["calibration"] == {"method": "minmax", "rows": 64}
+    assert invoke(arguments) == 0
+    assert "nothing" not in capsys.readouterr().err
+    assert invoke(["inspect", str(published.out)]) == 0
+    assert "int8" in capsys.readouterr().out
+
+
+def test_export_without_the_data_it_was_made_with(published: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in published.data.iterdir():
+        path.unlink()
+    arguments = ["export", str(published.out), "--format", "onnx", "--variants", "sliced", "--precision", "int8"]
+    assert invoke(arguments) == 2
+    assert "--no-data" in error_text(capsys)
+    assert invoke([*arguments, "--no-data"]) == 0
+    captured = capsys.readouterr()
+    assert "int8-dynamic" in captured.out
+    assert "static int8 (qdq) needs calibration data" in captured.err
+
+
+def test_wrong_profile(published: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["export", str(published.out), "--profile", "wide"]) == 2
+    assert "BATCHxLENGTH" in error_text(capsys)
 
 
 def test_unknown_format_names_the_known(published: Workplace, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,64 +1,29 @@
-"""ONNX files compute what their models compute, at any batch and length, ragged and empty layers included."""
+"""What is in an ONNX file of each dialect and precision, and what is refused."""
 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from bundles_tiny import SHAPES, input_names, run_torch, tiny_inputs, tiny_model, tiny_plan
+from bundles_tiny import input_names, run_torch, tiny_inputs, tiny_model, tiny_plan
+from exports_tiny import made, runner, source
+from onnx import numpy_helper
 from torch import nn
 
 from deploy_prune.errors import InputError
-from deploy_prune.export.onnx import TRACED_SHAPE, OnnxExporter, onnx_from_torch
-from deploy_prune.export.registry import Exporter, Source, available_exporters, find_exporter
+from deploy_prune.export import lower
+from deploy_prune.export.onnx import onnx_from_torch, proto_from_program
+from deploy_prune.export.program import program_from_torch
+from deploy_prune.export.registry import Kind, Options, available_exporters, plan_kinds, read_profile
 from deploy_prune.heads import Head
+from deploy_prune.runtimes import Runner
+from deploy_prune.runtimes.fixed import FixedShape
 from deploy_prune.slicing import slice_model
-
-PER_TOKEN = ("token", "qa")
-
-
-class ExporterContract:
-    """Subclass this for a new format and give its exporter."""
-
-    exporter: Exporter
-    tolerance = 1e-5
-
-    @pytest.mark.parametrize(
-        ("family", "kind"),
-        [
-            ("bert", "classification"),
-            ("roberta", "qa"),
-            ("distilbert", "token"),
-            ("electra", "regression"),
-            ("mpnet", "embedding"),
-        ],
-    )
-    def test_sliced_model_at_shapes_not_traced(self, family: str, kind: str, tmp_path: Path) -> None:
-        dense, head, names = tiny_model(family, kind), Head(kind), input_names(family)
-        model = slice_model(dense, *tiny_plan(dense))
-        path = tmp_path / f"model{self.exporter.suffix}"
-        self.exporter.export(Source(model, head, names, "fp32", {"origin": "test"}), path)
-        assert TRACED_SHAPE not in SHAPES
-        with self.exporter.runner(path) as runner:
-            assert runner.input_names == tuple(names)
-            assert runner.output_names == head.output_names
-            for shape in SHAPES:
-                inputs = tiny_inputs(names, *shape, seed=1)
-                got, expected = runner.infer(inputs), run_torch(model, head, inputs)
-                for name in head.output_names:
-                    difference = np.abs(got[name] - expected[name])
-                    if kind in PER_TOKEN:
-                        difference = difference[inputs["attention_mask"] == 1]
-                    assert difference.max() < self.tolerance, (name, shape)
-                    assert np.abs(expected[name]).max() > 1e-2  # there is something to compare
-
-
-class TestOnnx(ExporterContract):
-    exporter = OnnxExporter()
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +75,148 @@ def test_untraceable_model_is_refused(tmp_path: Path) -> None:
         def forward(self, **batch: torch.Tensor) -> torch.Tensor:
             return self.inner(**batch) if batch["input_ids"].sum().item() > 7 else self.inner(batch["input_ids"])
 
-    with pytest.raises(InputError, match="Branches cannot be exported to ONNX"):
+    with pytest.raises(InputError, match="Branches cannot be traced"):
         onnx_from_torch(Branches(), Head("classification"), tmp_path / "m.onnx", input_names=input_names("bert"))
 
 
 def test_formats_and_precisions_are_listed() -> None:
     assert "onnx" in available_exporters()
-    with pytest.raises(InputError, match="There are: onnx"):
-        find_exporter("coreml", "fp32")
-    with pytest.raises(InputError, match="There are: fp32"):
-        find_exporter("onnx", "fp3")
+    with pytest.raises(InputError, match=r"There are: auto, onnx"):
+        plan_kinds(["coreml"], ["fp32"], Options())
+    with pytest.raises(InputError, match=r"There are: bf16, fp16, fp32, int8"):
+        plan_kinds(["onnx"], ["fp3"], Options())
+    with pytest.raises(InputError, match=r"There are: mha, opset18, opset23"):
+        plan_kinds(["onnx"], ["fp32"], Options(dialects=("opset9",)))
+    with pytest.raises(InputError, match=r"There are: dynamic, qdq"):
+        plan_kinds(["onnx"], ["int8"], Options(schemes=("magic",)))
+
+
+def test_pairs_that_do_not_exist_are_skipped_with_a_reason() -> None:
+    kinds, skipped = plan_kinds(["onnx", "pt2"], ["fp32", "bf16", "int8"], Options(dialects=("mha",)))
+    assert [k.label for k in kinds] == ["onnx-mha-fp32", "pt2-export-fp32", "pt2-export-bf16"]
+    assert [(s.format, s.precision) for s in skipped] == [("onnx", "bf16"), ("onnx", "int8"), ("pt2", "int8")]
+    assert all(s.reason for s in skipped)
+
+
+@pytest.mark.parametrize("text", ["", "128", "1x", "0x8", "1x8:2x8", "8x8:4x8:9x9", "1x8:1x9:1x10:1x11"])
+def test_a_profile_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="profile"):
+        read_profile(text)
+
+
+def graph(kind: Kind) -> onnx.ModelProto:
+    return onnx.load(made("bert", kind)[0])
+
+
+def translated(model: torch.nn.Module, dialect: str) -> onnx.ModelProto:
+    names = input_names("bert")
+    return proto_from_program(program_from_torch(model, Head("classification"), names), names, ["logits"], dialect)
+
+
+def counts(proto: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in proto.graph.node)
+
+
+def test_opset18_has_plain_nodes_only() -> None:
+    proto = graph(Kind("onnx", "opset18", "fp32"))
+    assert [(o.domain, o.version) for o in proto.opset_import if o.domain == ""] == [("", 18)]
+    assert not {"Attention", "Gelu", "MultiHeadAttention"} & set(counts(proto))
+    assert not [n for n in proto.graph.node if n.domain]
+
+
+def test_mha_has_one_node_a_layer_with_its_own_heads() -> None:
+    dense = tiny_model("bert", "classification")
+    model = slice_model(dense, *tiny_plan(dense, empty=False))
+    proto = translated(model, "mha")
+    fused = [n for n in proto.graph.node if n.op_type == "MultiHeadAttention"]
+    heads = [a.i for n in fused for a in n.attribute if a.name == "num_heads"]
+    assert heads == [layer.attention.self.query.out_features // 8 for layer in model.bert.encoder.layer]
+    assert all(n.domain == "com.microsoft" for n in fused)
+    found = counts(proto)
+    assert (found["SkipLayerNormalization"], found["BiasGelu"], found["Attention"]) == (4, 2, 0)
+    assert not {"Transpose", "GatherND"} & set(found)  # the splitting into heads and the mask of pairs are gone
+
+
+def test_half_keeps_inputs_outputs_and_reductions() -> None:
+    proto = graph(Kind("onnx", "opset18", "fp16"))
+    assert {v.type.tensor_type.elem_type for v in proto.graph.output} == {onnx.TensorProto.FLOAT}
+    weights = [t for t in proto.graph.initializer if len(t.dims) == 2]
+    assert {t.data_type for t in weights} - {onnx.TensorProto.INT64} == {onnx.TensorProto.FLOAT16}
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    softmaxes = [n for n in proto.graph.node if n.op_type == "Softmax"]
+    assert softmaxes
+    for node in softmaxes:  # fed by a cast to fp32
+        cast = makers[node.input[0]]
+        assert (cast.op_type, cast.attribute[0].i) == ("Cast", onnx.TensorProto.FLOAT)
+
+
+def test_weights_beyond_half_are_clipped() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.classifier.bias[0] = 1e6
+    proto = translated(model, "opset23")
+    lowered = lower.to_fp16(proto)
+    half = [t for t in lowered.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16]
+    largest = max(np.abs(numpy_helper.to_array(t)).max() for t in half)
+    assert largest == 65504
+
+
+def test_dynamic_int8_stores_bytes() -> None:
+    proto = graph(Kind("onnx", "opset23", "int8", "dynamic"))
+    assert counts(proto)["MatMulInteger"] >= 5
+    assert counts(proto)["DynamicQuantizeLinear"] >= 1
+    small = made("bert", Kind("onnx", "opset23", "int8", "dynamic"))[0]
+    whole = made("bert", Kind("onnx", "opset23", "fp32"))[0]
+    assert small.stat().st_size < 0.75 * whole.stat().st_size
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "entropy"])
+def test_static_int8_is_what_tensorrt_takes(method: str) -> None:
+    base = graph(Kind("onnx", "opset23", "fp32"))
+    proto = lower.to_qdq_int8(base, source("bert").calibration(), method)
+    constants = {t.name: t for t in proto.graph.initializer}
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    products = [n for n in proto.graph.node if n.op_type in ("MatMul", "Gemm") and n.input[1] in makers]
+    quantised = [n for n in products if makers[n.input[1]].op_type == "DequantizeLinear"]
+    assert len(quantised) >= 5
+    for node in quantised:
+        assert makers[node.input[0]].op_type == "DequantizeLinear"
+        scale = constants[makers[node.input[1]].input[1]]
+        assert len(scale.dims) == 1 or scale.dims == []  # per channel
+        bias = node.input[2] if len(node.input) > 2 else None
+        assert bias is None or bias in constants  # not quantised
+    for node in proto.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            zero = numpy_helper.to_array(constants[node.input[2]])
+            assert zero.dtype == np.int8
+            assert not zero.any()
+    weights = [constants[makers[n.input[1]].input[0]] for n in quantised]
+    scales = [constants[makers[n.input[1]].input[1]] for n in quantised]
+    assert all(int(np.prod(s.dims)) in w.dims for s, w in zip(scales, weights, strict=True))
+
+
+def test_calibration_methods_differ_and_strides_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ranges(method: str) -> dict[str, float]:
+        proto = lower.to_qdq_int8(graph(Kind("onnx", "opset23", "fp32")), source("bert").calibration(), method)
+        names = [n.input[1] for n in proto.graph.node if n.op_type == "QuantizeLinear"]
+        return {t.name: float(numpy_helper.to_array(t)) for t in proto.graph.initializer if t.name in names}
+
+    whole = ranges("minmax")
+    assert whole != ranges("percentile")
+    monkeypatch.setattr(lower, "STRIDE", 5)
+    assert ranges("minmax") == whole
+
+
+def test_fixed_shape_is_in_the_file_and_takes_any_batch() -> None:
+    kind = Kind("onnx", "opset23", "fp32", None, (2, 24))
+    proto = graph(kind)
+    assert {tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in proto.graph.input} == {(2, 24)}
+    opened, given = runner("bert", kind), source("bert")
+    assert isinstance(opened, Runner)
+    with FixedShape(opened, (2, 24), 0) as fixed:
+        for shape in ((1, 7), (3, 24), (5, 13)):
+            inputs = tiny_inputs(list(given.input_names), *shape, seed=2)
+            expected = run_torch(given.model, given.head, inputs)
+            np.testing.assert_allclose(fixed.infer(inputs)["logits"], expected["logits"], atol=1e-5)
+        with pytest.raises(InputError, match="25 tokens do not fit into 24"):
+            fixed.infer(tiny_inputs(list(given.input_names), 1, 25))

@@ -36,6 +36,7 @@ def prepare(folder: Path, task: str, **changes: Any) -> dict[str, Any]:
     kind = TASKS[task]
     model = checkpoint(folder / "model", "classification" if kind == "pair" else kind)
     settings = {"model": str(model), "task": task, "data": str(data(folder / "data", kind)), "out": str(folder / "b")}
+    settings["formats"] = ("onnx",)
     return {**settings, "text_column": "text_a,text_b" if kind == "pair" else None, "keep_flops": 0.6, **changes}
 
 

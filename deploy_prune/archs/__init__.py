@@ -13,7 +13,7 @@ from .base import Arch, Sublayer, per_layer
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Arch", "Sublayer", "arch_of", "check_config", "per_layer", "supported"]
+__all__ = ["Arch", "Sublayer", "arch_of", "check_config", "max_positions", "per_layer", "supported"]
 
 _REFUSED = {
     "albert": "ALBERT shares one layer's weights between all layers: slicing one layer would slice them all.",
@@ -67,3 +67,10 @@ def arch_of(model: nn.Module) -> Arch:
     config: Any = model.config
     arch = supported().get(str(config.model_type))
     return arch if arch is not None else check_config(config)
+
+
+def max_positions(model: Any) -> int:
+    """Return how many tokens the position embeddings allow."""
+    config = model.config
+    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "mpnet") else 0
+    return int(config.max_position_embeddings) - offset

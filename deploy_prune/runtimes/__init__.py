@@ -7,9 +7,7 @@ through the entry-point group "deploy_prune.runtimes", each entry a name and an 
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from functools import cache
-from importlib.metadata import entry_points
 
 from ..bundle import Bundle, Variant
 from ..errors import InputError
@@ -21,6 +19,9 @@ __all__ = ["Opener", "Runner", "TensorSpec", "available_runtimes", "open_runner"
 @cache
 def available_runtimes() -> dict[str, Opener]:
     """Map every runtime's name to the function that opens a variant of a bundle in it."""
+    import pkgutil
+    from importlib.metadata import entry_points
+
     found: dict[str, Opener] = {}
     for module in pkgutil.iter_modules(__path__):
         found |= getattr(importlib.import_module(f"{__name__}.{module.name}"), "RUNTIMES", {})
@@ -28,7 +29,9 @@ def available_runtimes() -> dict[str, Opener]:
     return found
 
 
-def open_runner(bundle: Bundle, runtime: str, variant: Variant, *, threads: int | None = None) -> Runner:
+def open_runner(
+    bundle: Bundle, runtime: str, variant: Variant, *, threads: int | None = None, precision: str = "fp32"
+) -> Runner:
     """Return the runner (not yet open) of one variant of a bundle in the named runtime.
 
     Raises InputError for an unknown runtime or a variant that the bundle lacks.
@@ -36,4 +39,4 @@ def open_runner(bundle: Bundle, runtime: str, variant: Variant, *, threads: int 
     runtimes = available_runtimes()
     if runtime not in runtimes:
         raise InputError(f"No runtime '{runtime}'.", hint=f"There are: {', '.join(sorted(runtimes))}.")
-    return runtimes[runtime](bundle, variant, threads=threads)
+    return runtimes[runtime](bundle, variant, threads=threads, precision=precision)

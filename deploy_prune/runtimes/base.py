@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
 import numpy as np
 
-from ..bundle import Bundle, Variant
+from ..bundle import Artifact, Bundle, Variant
 from ..errors import InputError
 
 Arrays = dict[str, np.ndarray]
@@ -77,7 +77,30 @@ class Runner(ABC):
 class Opener(Protocol):
     """Make the runner of one variant of a bundle; raises InputError when the bundle lacks what it needs."""
 
-    def __call__(self, bundle: Bundle, variant: Variant, *, threads: int | None = None) -> Runner: ...
+    def __call__(
+        self, bundle: Bundle, variant: Variant, *, threads: int | None = None, precision: str = "fp32"
+    ) -> Runner: ...
+
+
+def find_artifact(
+    bundle: Bundle, variant: Variant, format: str, precision: str = "fp32", prefer: Sequence[str] = ()
+) -> Artifact:
+    """Return the bundle's artifact of a variant in a format and precision, free axes first.
+
+    Of several, the one whose dialect or scheme stands first in `prefer`. Raises InputError when there is none.
+    """
+    found = [a for a in bundle.manifest.artifacts if (a.variant, a.format, a.precision) == (variant, format, precision)]
+    if not found:
+        raise InputError(
+            f"The bundle {bundle.root} has no {precision} {format} file of the {variant} model.",
+            hint=f"Export it first: deploy-prune export {bundle.root} --format {format} --precision {precision}",
+        )
+
+    def rank(artifact: Artifact) -> tuple[bool, list[int]]:
+        names = (artifact.dialect, artifact.scheme)
+        return artifact.shape is not None, [prefer.index(n) if n is not None and n in prefer else len(prefer) for n in names]
+
+    return min(found, key=rank)
 
 
 def check_feeds(specs: tuple[TensorSpec, ...], feeds: Mapping[str, np.ndarray]) -> None:

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..bundle import Artifact, Bundle, Variant
+from ..bundle import Bundle, Variant
 from ..errors import InputError, MissingExtraError, SystemStateError
-from .base import Arrays, Runner, TensorSpec
+from .base import Arrays, Runner, TensorSpec, find_artifact
 
 Provider = Literal["cpu", "cuda"]
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -90,21 +90,10 @@ def _spec(node: Any) -> TensorSpec:
     return TensorSpec(node.name, np.dtype(_DTYPES[node.type]), shape)
 
 
-def find_onnx(bundle: Bundle, variant: Variant, *, precision: str = "fp32") -> Artifact:
-    """Return the bundle's ONNX artifact of a variant. Raises InputError when there is none."""
-    for artifact in bundle.manifest.artifacts:
-        if (artifact.variant, artifact.format, artifact.precision) == (variant, "onnx", precision):
-            return artifact
-    raise InputError(
-        f"The bundle {bundle.root} has no {precision} ONNX file of the {variant} model.",
-        hint=f"Export it first: deploy-prune export {bundle.root}",
-    )
-
-
-def open_ort_cpu(bundle: Bundle, variant: Variant, *, threads: int | None = None) -> Runner:
+def open_ort_cpu(bundle: Bundle, variant: Variant, *, threads: int | None = None, precision: str = "fp32") -> Runner:
     """Open a variant's ONNX file on the CPU provider."""
-    path = bundle.path(find_onnx(bundle, variant).path)
-    return OrtRunner(path, "cpu", threads, stop_spinning=True)
+    artifact = find_artifact(bundle, variant, "onnx", precision, ("opset23", "opset18", "dynamic", "qdq"))
+    return OrtRunner(bundle.path(artifact.path), "cpu", threads, stop_spinning=True)
 
 
 RUNTIMES = {"ort-cpu": open_ort_cpu}

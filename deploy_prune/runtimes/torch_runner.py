@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..bundle import Bundle, Variant
-from ..errors import MissingExtraError
+from ..errors import InputError, MissingExtraError
 from .base import Arrays, Runner, TensorSpec
 
 if TYPE_CHECKING:
@@ -55,8 +55,10 @@ class TorchRunner(Runner):
         torch.set_num_threads(self._old_threads)
 
 
-def open_torch(bundle: Bundle, variant: Variant, *, threads: int | None = None) -> Runner:
+def open_torch(bundle: Bundle, variant: Variant, *, threads: int | None = None, precision: str = "fp32") -> Runner:
     """Load a variant of a bundle in torch on the CPU; its inputs are those the bundle names."""
+    if precision != "fp32":
+        raise InputError(f"The runtime torch computes in fp32, not {precision}.", hint="Use pt2, or another runtime.")
     try:
         from ..checkpoint import head_of, load_variant
     except ModuleNotFoundError as error:

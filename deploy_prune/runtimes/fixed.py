@@ -1,0 +1,53 @@
+"""Feed any batch to a model of one fixed shape: rows are padded, dealt out over runs, and put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from ..errors import InputError
+from .base import Arrays, Runner, TensorSpec
+
+
+def fixed_feeds(feeds: Mapping[str, np.ndarray], shape: tuple[int, int], pad_id: int) -> Iterator[Arrays]:
+    """Yield the rows of feeds (B, T) in batches of exactly `shape`, padded where they are fewer or shorter.
+
+    Raises InputError when T is longer than the shape.
+    """
+    batch, length = shape
+    rows, tokens = next(iter(feeds.values())).shape
+    if tokens > length:
+        raise InputError(f"Rows of {tokens} tokens do not fit into {length}.", hint="Truncate them, or export longer.")
+    for start in range(0, rows, batch):
+        chunk = {}
+        for name, array in feeds.items():
+            out = np.full(shape, pad_id if name == "input_ids" else 0, array.dtype)
+            part = array[start : start + batch]
+            out[: len(part), :tokens] = part
+            if name == "attention_mask":
+                out[len(part) :, 0] = 1  # a row without any token is none that a model ever saw
+            chunk[name] = out
+        yield chunk
+
+
+class FixedShape(Runner):
+    """Let a runner of one shape take any batch of rows that are not longer."""
+
+    def __init__(self, runner: Runner, shape: tuple[int, int], pad_id: int) -> None:
+        self.runner, self.shape, self.pad_id = runner, shape, pad_id
+
+    def _activate(self) -> None:
+        self.runner.__enter__()
+        self.provider, self.output_names = self.runner.provider, self.runner.output_names
+        self.inputs = tuple(TensorSpec(s.name, s.dtype, ("batch", "sequence")) for s in self.runner.inputs)
+
+    def _infer(self, feeds: Arrays) -> Arrays:
+        rows, tokens = next(iter(feeds.values())).shape
+        parts = [self.runner.infer(f) for f in fixed_feeds(feeds, self.shape, self.pad_id)]
+        found = {name: np.concatenate([p[name] for p in parts])[:rows] for name in self.output_names}
+        per_token = (self.shape[0], self.shape[1])
+        return {n: a[:, :tokens] if parts[0][n].shape[:2] == per_token else a for n, a in found.items()}
+
+    def _deactivate(self) -> None:
+        self.runner.__exit__(None, None, None)

@@ -1,0 +1,95 @@
+"""One ExportedProgram of a model with its head, which every ONNX dialect and the .pt2 file are made from."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError, MissingExtraError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..heads import Head
+
+TRACED_SHAPE = (3, 11)  # batch, sequence: neither 0 nor 1 (torch.export fixes those), nor equal to each other
+
+
+def program_from_torch(model: nn.Module, head: Head, input_names: Sequence[str]) -> Any:
+    """Trace a model with its head: inputs (batch, sequence) int64, both axes free, outputs a tuple.
+
+    Raises InputError when the forward pass cannot be traced, MissingExtraError without torch.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingExtraError(str(error.name), "cpu") from error
+    model.eval()
+    device = next(model.parameters()).device
+    batch = torch.ones(TRACED_SHAPE, dtype=torch.long, device=device)
+    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with quiet(), _sdpa(model), torch.no_grad():
+        try:
+            return torch.export.export(
+                with_head(model, head, input_names),
+                tuple(batch.clone() for _ in input_names),
+                dynamic_shapes=(tuple(axes for _ in input_names),),
+                strict=False,
+            )
+        except Exception as error:  # torch's tracing errors share no base class
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"{type(model).__name__} cannot be traced: {reason}",
+                hint="Its forward pass depends on values of its inputs; see the chained error with --debug.",
+            ) from error
+
+
+def with_head(model: nn.Module, head: Head, input_names: Sequence[str]) -> nn.Module:
+    """Wrap a model so that it takes its inputs by position and returns its head's outputs as a tuple."""
+    from torch import Tensor, nn
+
+    class WithHead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+            outputs = head.outputs(self.model, dict(zip(input_names, inputs, strict=True)))
+            return tuple(outputs[name] for name in head.output_names)
+
+    return WithHead().eval()
+
+
+@contextmanager
+def _sdpa(model: Any) -> Iterator[None]:
+    """Use scaled_dot_product_attention where the model can: only that becomes an Attention node."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "_attn_implementation", None)
+    if before in (None, "sdpa") or not getattr(model, "_supports_sdpa", False):
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def quiet(*more: str) -> Iterator[None]:
+    """Hold back the warnings and log lines of exporters and quantisers; errors are raised as ever."""
+    names = ("torch.onnx", "torch.export", "transformers.modeling_utils", *more)
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
