@@ -24,7 +24,6 @@ INNER_PRECISION = {"LayerNormalization": "stash_type"}
 LARGEST_FP16 = 65504.0
 QUANTISED = ("MatMul", "Gemm")
 FLOAT = 1  # onnx.TensorProto.FLOAT, of what shape inference cannot name
-STRIDE = 8  # batches of calibration whose activations are held at once
 
 
 def to_fp16(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -104,7 +103,7 @@ def to_qdq_int8(proto: onnx.ModelProto, batches: Sequence[Feeds], method: str) -
     """Return the graph with QuantizeLinear/DequantizeLinear pairs, as TensorRT and OpenVINO want them.
 
     Signed and symmetric, weights per channel, zero points 0, none on biases. The activations' ranges come
-    from `batches` by "minmax", "percentile" or "entropy"; STRIDE batches are held at a time.
+    from `batches` by "minmax", "percentile" or "entropy"; one batch's activations are held at a time.
     """
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.calibrate import create_calibrator, save_tensors_data
@@ -124,8 +123,8 @@ def to_qdq_int8(proto: onnx.ModelProto, batches: Sequence[Feeds], method: str) -
             calibrate_method=how,
             extra_options={"symmetric": True},
         )
-        for start in range(0, len(batches), STRIDE):
-            calibrator.collect_data(_Reader(batches[start : start + STRIDE]))
+        for batch in batches:  # one at a time: histograms take no batches of several lengths, and memory stays flat
+            calibrator.collect_data(_Reader([batch]))
         save_tensors_data(calibrator.compute_data(), ranges)
         quantize_static(
             path,

@@ -15,6 +15,7 @@ from ..runtimes import Runner
 from ..runtimes.ort import OrtRunner
 from . import lower
 from .mha import mha_from_attention
+from .optimum import DIALECT, missing_optimum, onnx_from_optimum
 from .program import program_from_torch, quiet
 from .registry import Feeds, Kind, Options, Shape, Source, missing_package
 
@@ -141,12 +142,18 @@ class OnnxExporter:
     """Write ONNX; lower precisions are made from the fp32 file of the same dialect."""
 
     suffix = ".onnx"
-    packages: tuple[str, ...] = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
+    packages: tuple[str, ...] = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "optimum-onnx")
 
     def missing(self) -> Exception | None:
         return missing_package("cpu", "torch", "onnx", "onnxscript", "onnxruntime")
 
     def kinds(self, precision: str, options: Options) -> Sequence[Kind] | str:
+        if options.exporter == "optimum":
+            if (error := missing_optimum()) is not None:
+                raise error
+            if precision != "fp32" or options.shape is not None:
+                return "optimum writes fp32 with free axes here; lower precisions are made from torch's export"
+            return [Kind("onnx", DIALECT, precision)]
         if precision == "bf16":
             return "ONNX Runtime's CPU provider does not compute in bf16, so that no file could be checked"
         schemes: tuple[str | None, ...] = options.schemes if precision == "int8" else (None,)
@@ -161,7 +168,9 @@ class OnnxExporter:
 
         outputs, limit = source.head.output_names, source.options.external_data_above_bytes
         said: dict[str, Any] = {}
-        if kind.precision == "fp32":
+        if kind.dialect == DIALECT:
+            proto = onnx_from_optimum(source.model, source.head.kind, path)
+        elif kind.precision == "fp32":
             proto = proto_from_program(source.program, source.input_names, outputs, kind.dialect)
         else:
             base = source.made(Kind("onnx", kind.dialect, "fp32", None, kind.shape))

@@ -94,6 +94,7 @@ class Options:
     strip: bool = False
     compute_capabilities: tuple[str, ...] = ()  # "8.9"; none: every one that the builder knows
     aot_inductor: bool = False
+    exporter: Literal["torch", "optimum"] = "torch"
 
     @classmethod
     def of(cls, settings: ExportSettings) -> Options:

@@ -275,7 +275,7 @@ class Workshop:
         if exporter.suffix != ".engine":
             engine = ("profile", "builder_level", "version_compatible", "hardware_compatible", "refit", "strip")
             options = {k: v for k, v in options.items() if k not in (*engine, "compute_capabilities")}
-        for elsewhere in ("dialects", "schemes", "shape", "aot_inductor"):  # the kind says it
+        for elsewhere in ("dialects", "schemes", "shape", "aot_inductor", "exporter"):  # the kind says it
             options.pop(elsewhere)
         contents = {
             "recipe": RECIPE,

@@ -39,7 +39,7 @@ def source(family: str = "bert") -> Source:
     head, names = Head(FAMILIES[family]), input_names(family)  # type: ignore[arg-type]
     dense = tiny_model(family, FAMILIES[family])
     model = slice_model(dense, *tiny_plan(dense))
-    feeds = [tiny_inputs(names, 4, 13, seed=i) for i in range(12)]
+    feeds = [tiny_inputs(names, 4, 9 + i, seed=i) for i in range(12)]
     return Source(
         model,
         head,

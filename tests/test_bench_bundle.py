@@ -86,7 +86,9 @@ def test_a_length_without_positions_is_a_failure_with_its_reason(bundle: Bundle)
 
 def test_a_runtime_that_dies_is_a_failure(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Add a runtime by an entry point, as another package would; it kills its process."""
-    (tmp_path / "deadly.py").write_text("import os\ndef open_it(bundle, variant, *, threads=None): os._exit(9)\n")
+    (tmp_path / "deadly.py").write_text(
+        "import os\ndef open_it(bundle, variant, *, threads=None, precision=None): os._exit(9)\n"
+    )
     info = tmp_path / "deadly-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: deadly\nVersion: 1.0\n")

@@ -86,7 +86,7 @@ class TestTorch(RunnerContract):
 
 
 def test_unknown_runtime_lists_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="There are: ort-cpu, torch"):
+    with pytest.raises(InputError, match="There are: openvino, ort-cpu, pt2, rtx, tensorrt, torch"):
         open_runner(exported_bundle(tmp_path), "tvm", "dense")
     assert {"ort-cpu", "torch"} <= set(available_runtimes())
 
@@ -94,7 +94,7 @@ def test_unknown_runtime_lists_those_there_are(tmp_path: Path) -> None:
 def test_missing_artifact_says_how_to_make_it(tmp_path: Path) -> None:
     bundle = exported_bundle(tmp_path)
     bundle.manifest.artifacts = [a for a in bundle.manifest.artifacts if a.variant != "virtual"]
-    with pytest.raises(InputError, match=r"(?s)no fp32 ONNX file of the virtual model.*deploy-prune export"):
+    with pytest.raises(InputError, match=r"(?s)no fp32 onnx file of the virtual model.*deploy-prune export"):
         open_runner(bundle, "ort-cpu", "virtual")
 
 

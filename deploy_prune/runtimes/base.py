@@ -98,7 +98,9 @@ def find_artifact(
 
     def rank(artifact: Artifact) -> tuple[bool, list[int]]:
         names = (artifact.dialect, artifact.scheme)
-        return artifact.shape is not None, [prefer.index(n) if n is not None and n in prefer else len(prefer) for n in names]
+        return artifact.shape is not None, [
+            prefer.index(n) if n is not None and n in prefer else len(prefer) for n in names
+        ]
 
     return min(found, key=rank)
 

@@ -9,6 +9,8 @@ import numpy as np
 from ..errors import InputError
 from .base import Arrays, Runner, TensorSpec
 
+_SPANS = ("start_logits", "end_logits")  # (B, T): one number a token, as no other output of two axes
+
 
 def fixed_feeds(feeds: Mapping[str, np.ndarray], shape: tuple[int, int], pad_id: int) -> Iterator[Arrays]:
     """Yield the rows of feeds (B, T) in batches of exactly `shape`, padded where they are fewer or shorter.
@@ -46,8 +48,7 @@ class FixedShape(Runner):
         rows, tokens = next(iter(feeds.values())).shape
         parts = [self.runner.infer(f) for f in fixed_feeds(feeds, self.shape, self.pad_id)]
         found = {name: np.concatenate([p[name] for p in parts])[:rows] for name in self.output_names}
-        per_token = (self.shape[0], self.shape[1])
-        return {n: a[:, :tokens] if parts[0][n].shape[:2] == per_token else a for n, a in found.items()}
+        return {n: a[:, :tokens] if n in _SPANS or a.ndim > 2 else a for n, a in found.items()}
 
     def _deactivate(self) -> None:
         self.runner.__exit__(None, None, None)
