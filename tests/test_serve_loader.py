@@ -441,8 +441,8 @@ def test_an_edge_installation_is_small_and_predicts(made: Made, tmp_path: Path) 
     assert not {"torch", "transformers"} & packages
     (site,) = (tmp_path / "edge" / "lib").glob("python*/site-packages")
     size = sum(p.stat().st_size for p in site.rglob("*") if p.is_file() and not is_tool(p.relative_to(site)))
-    print(f"installed: {size / 1e6:.0f} MB in {len(packages)} packages")
-    assert size < 200e6
+    print(f"installed: {size / 2**20:.0f} MiB in {len(packages)} packages")
+    assert size < 200 * 2**20
 
 
 def is_tool(path: Path) -> bool:
