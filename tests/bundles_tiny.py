@@ -131,19 +131,19 @@ def make_bundle(root: Path, family: str = "bert", kind: str = "classification") 
 
 
 @cache
-def _exported() -> Path:
+def _exported(formats: tuple[str, ...]) -> Path:
     """Make one exported BERT bundle for all tests of the session."""
     from deploy_prune.export import export_bundle
 
     folder = Path(tempfile.mkdtemp(prefix="deploy-prune-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     bundle, models = make_bundle(folder / "bundle")
-    export_bundle(bundle, models=models)
+    export_bundle(bundle, formats=formats, models=models).check()
     bundle.commit()
     return bundle.root
 
 
-def exported_bundle(tmp_path: Path) -> Bundle:
+def exported_bundle(tmp_path: Path, *formats: str) -> Bundle:
     """Return a copy of an exported BERT bundle that the test may change; its source stays where it was."""
-    shutil.copytree(_exported(), tmp_path / "bundle")
+    shutil.copytree(_exported(formats or ("onnx",)), tmp_path / "bundle")
     return Bundle.open(tmp_path / "bundle")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 from bundles_tiny import SHAPES, run_torch, tiny_inputs
@@ -90,6 +92,15 @@ class TestOpset23Static(ExporterContract):
 
 class TestProgram(ExporterContract):
     kind = Kind("pt2", "export", "fp32")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+class TestAotInductor(ExporterContract):
+    kind = Kind("pt2", "aoti", "fp32")
+
+    @pytest.mark.parametrize("family", ["bert"])
+    def test_matches_its_model_at_shapes_not_traced(self, family: str) -> None:
+        super().test_matches_its_model_at_shapes_not_traced(family)
 
 
 class TestProgramHalf(ExporterContract):

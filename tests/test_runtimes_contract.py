@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,20 @@ from bundles_tiny import exported_bundle
 from deploy_prune.bundle import VARIANTS, Bundle
 from deploy_prune.errors import InputError, MissingExtraError, SystemStateError
 from deploy_prune.runtimes import Runner, available_runtimes, open_runner
+from deploy_prune.runtimes.openvino import OpenVinoRunner
 from deploy_prune.runtimes.ort import OrtRunner
+from deploy_prune.runtimes.torch_program import ProgramRunner
 
 
 class RunnerContract:
     """Subclass this for a new runtime and name it."""
 
     runtime = ""
+    format = "onnx"
 
     @pytest.fixture
     def bundle(self, tmp_path: Path) -> Bundle:
-        return exported_bundle(tmp_path)
+        return exported_bundle(tmp_path, self.format)
 
     def open(self, bundle: Bundle, variant: str = "sliced", **options: int) -> Runner:
         return open_runner(bundle, self.runtime, variant, **options)  # type: ignore[arg-type]
@@ -73,6 +77,15 @@ class TestOrtCpu(RunnerContract):
     runtime = "ort-cpu"
 
 
+@pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
+class TestOpenVino(RunnerContract):
+    runtime = format = "openvino"
+
+
+class TestProgram(RunnerContract):
+    runtime = format = "pt2"
+
+
 class TestTorch(RunnerContract):
     runtime = "torch"
 
@@ -86,7 +99,9 @@ class TestTorch(RunnerContract):
 
 
 def test_unknown_runtime_lists_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="There are: openvino, ort-cpu, pt2, rtx, tensorrt, torch"):
+    with pytest.raises(
+        InputError, match="There are: openvino, ort-cpu, ort-cuda, ort-tensorrt, pt2, rtx, "
+    ):
         open_runner(exported_bundle(tmp_path), "tvm", "dense")
     assert {"ort-cpu", "torch"} <= set(available_runtimes())
 
@@ -104,6 +119,35 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot load"), OrtRunner(path):
         pass
     with pytest.raises(InputError, match="No ONNX file"), OrtRunner(tmp_path / "nothing.onnx"):
+        pass
+
+
+def test_other_files_that_are_none_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.write_bytes(b"this is neither")
+    signature = {"inputs": ["input_ids"], "outputs": ["logits"]}
+    with pytest.raises(InputError, match="torch cannot load"), ProgramRunner(path, signature):
+        pass
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    with pytest.raises(InputError, match="OpenVINO cannot load"), OpenVinoRunner(path):
+        pass
+
+
+def test_only_tensorrt_writes_a_compiled_graph(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="writes no EPContext file"):
+        OrtRunner(tmp_path / "m.onnx", "cuda", context_file=tmp_path / "c.onnx")
+
+
+@pytest.mark.parametrize("runtime", ["ort-cuda", "ort-tensorrt"])
+def test_gpu_providers_say_what_they_lack(runtime: str, tmp_path: Path) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this machine has the CUDA provider")
+    with (
+        pytest.raises(MissingExtraError, match="onnxruntime-gpu"),
+        open_runner(exported_bundle(tmp_path), runtime, "sliced"),
+    ):
         pass
 
 
