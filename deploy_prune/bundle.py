@@ -67,6 +67,23 @@ class Artifact(_Model):
     engine: dict[str, Any] | None = None  # builder, versions, profile and GPUs of an engine
     reproduce: list[str] = Field(default_factory=list)  # command lines that build it again from `source`
 
+    @property
+    def label(self) -> str:
+        """Say what sort of file it is: onnx opset23 int8 qdq."""
+        shape = f"{self.shape[0]}x{self.shape[1]}" if self.shape else None
+        return " ".join(filter(None, (self.format, self.dialect, self.precision, self.scheme, shape)))
+
+    def quality_text(self) -> str:
+        """Say what a lower precision costs: its metric beside fp32's, and the agreement with fp32."""
+        if self.quality is None:
+            return ""
+        parts, metric = [], self.quality["metric"]
+        if metric is not None:
+            parts.append(f"{metric} {self.quality['value']:.4f} (fp32 {self.quality['fp32']:.4f})")
+        if (agreement := self.quality["to_fp32"].get("agreement")) is not None:
+            parts.append(f"agreement with fp32 {agreement:.4f}")
+        return ", ".join(parts)
+
 
 class Stage(_Model):
     """Record one stage that ran."""
@@ -190,6 +207,10 @@ class Bundle:
         path = self.path(relative)
         _fsync(path)
         self.manifest.files[relative] = sha256_file(path)
+
+    def artifact_bytes(self, artifact: Artifact) -> int:
+        """Return the size of an artifact with its companion, in bytes."""
+        return sum(self.path(p).stat().st_size for p in (artifact.path, artifact.data_path) if p)
 
     def golden(self) -> list[GoldenCase]:
         """Read the golden cases: inputs and each variant's outputs at several shapes and paddings."""

@@ -48,10 +48,13 @@ def print_bundle(bundle: Bundle) -> None:
         costs.add_row(name, *(f"{counts[k]:,}" for k in ("flops", "encoder_flops", "params", "weight_bytes")), shown)
     out.print(costs)
 
-    artifacts = Table("artifact", "parity", "max abs", title="Artifacts", title_justify="left")
+    artifacts = Table("variant", "artifact", "MB", "parity", "quality", title="Artifacts", title_justify="left")
     for a in manifest.artifacts:
-        difference = "-" if a.parity.max_abs is None else f"{a.parity.max_abs:.1e}"
-        artifacts.add_row(a.path, a.parity.status, difference)
+        difference = "" if a.parity.max_abs is None else f" {a.parity.max_abs:.1e}"
+        megabytes = f"{bundle.artifact_bytes(a) / 1e6:.1f}"
+        artifacts.add_row(
+            a.variant, f"{a.label}\n[dim]{a.path}[/]", megabytes, f"{a.parity.status}{difference}", a.quality_text()
+        )
     if manifest.artifacts:
         out.print(artifacts)
 

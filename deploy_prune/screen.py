@@ -62,11 +62,8 @@ def print_artifact(artifact: Artifact) -> None:
         line += f", max abs {parity.max_abs:.1e}"
     if parity.reason:
         line += f": {parity.reason}"
-    if (quality := artifact.quality) is not None:
-        if quality["value"] is not None:
-            line += f"; {quality['metric']} {quality['value']:.4f} (fp32 {quality['fp32']:.4f})"
-        if (agreement := quality["to_fp32"].get("agreement")) is not None:
-            line += f", agreement with fp32 {agreement:.4f}"
+    if quality := artifact.quality_text():
+        line += f"; {quality}"
     out.print(line, highlight=False, soft_wrap=True, markup=False)
 
 

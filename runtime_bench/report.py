@@ -92,6 +92,7 @@ def render_report(bundle: Bundle) -> str:
     rows = summary_rows(bundle)
     bench = latest_bench(bundle)
     return environment.get_template("report.html.j2").render(
+        artifact_bytes=bundle.artifact_bytes,
         manifest=bundle.manifest,
         headline=headline(bundle, rows),
         rows=rows,

@@ -99,9 +99,7 @@ class TestTorch(RunnerContract):
 
 
 def test_unknown_runtime_lists_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match="There are: openvino, ort-cpu, ort-cuda, ort-tensorrt, pt2, rtx, "
-    ):
+    with pytest.raises(InputError, match="There are: openvino, ort-cpu, ort-cuda, ort-tensorrt, pt2, rtx, "):
         open_runner(exported_bundle(tmp_path), "tvm", "dense")
     assert {"ort-cpu", "torch"} <= set(available_runtimes())
 
