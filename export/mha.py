@@ -84,7 +84,7 @@ def _attention(graph: _Graph, node: Any) -> None:
     if len(node.input) < 4 or not graph.is_boolean(node.input[3]):
         return
     query, key, value = (_before_split(graph, name, node) for name in node.input[:3])
-    joined = _only(graph, _only(graph, node.output[0], "Transpose", node).output[0], "Reshape", node)
+    joined = _after_join(graph, node)
     heads = _heads(graph, node, query)
     graph.replace(
         joined,
@@ -126,18 +126,25 @@ def _attribute(node: Any, name: str) -> Any:
 
 
 def _before_split(graph: _Graph, name: str, node: Any) -> str:
-    """Return the projection (B, T, H * dh) that was reshaped and transposed into (B, H, T, dh)."""
-    transpose = graph.maker.get(name)
-    reshape = graph.maker.get(transpose.input[0]) if transpose is not None else None
-    if transpose is None or transpose.op_type != "Transpose" or reshape is None or reshape.op_type != "Reshape":
+    """Return the projection (B, T, H * dh) that was reshaped and transposed into (B, H, T, dh).
+
+    With a single head there is nothing to transpose, and the exporter leaves it out.
+    """
+    made = graph.maker.get(name)
+    if made is not None and made.op_type == "Transpose":
+        made = graph.maker.get(made.input[0])
+    if made is None or made.op_type != "Reshape":
         raise InputError(f"{node.name}: its input {name} is no projection split into heads, so it cannot be fused.")
-    return str(reshape.input[0])
+    return str(made.input[0])
 
 
-def _only(graph: _Graph, name: str, kind: str, node: Any) -> Any:
-    takers = graph.takers.get(name, [])
-    if len(takers) != 1 or takers[0].op_type != kind:
-        raise InputError(f"{node.name}: its output does not go through one {kind}, so it cannot be fused.")
+def _after_join(graph: _Graph, node: Any) -> Any:
+    """Return the Reshape that puts the heads' outputs side by side again."""
+    takers = graph.takers.get(node.output[0], [])
+    if len(takers) == 1 and takers[0].op_type == "Transpose":
+        takers = graph.takers.get(takers[0].output[0], [])
+    if len(takers) != 1 or takers[0].op_type != "Reshape":
+        raise InputError(f"{node.name}: its output is not put together by one Reshape, so it cannot be fused.")
     return takers[0]
 
 

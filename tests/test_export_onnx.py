@@ -24,6 +24,7 @@ from deploy_prune.heads import Head
 from deploy_prune.runtimes import Runner
 from deploy_prune.runtimes.fixed import FixedShape
 from deploy_prune.slicing import slice_model
+from deploy_prune.units import SlicePlan
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +235,13 @@ def test_regression_embedding_as_wide_as_the_fixed_length() -> None:
     with FixedShape(opened, (2, 32), 0) as fixed:
         found = fixed.infer(inputs)["embedding"]
     np.testing.assert_allclose(found, run_torch(given.model, given.head, inputs)["embedding"], atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_regression_mha_of_layers_with_a_single_head(heads: int) -> None:
+    dense = tiny_model("bert", "classification")
+    groups, _ = tiny_plan(dense)
+    masks = {g.name: (np.arange(g.size) < (heads if g.kind == "head" else g.size)).astype(float) for g in groups}
+    model = slice_model(dense, groups, SlicePlan.from_masks(groups, masks))
+    found = counts(translated(model, "mha"))
+    assert (found["MultiHeadAttention"], found["Attention"]) == (2, 0)
