@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .program import quiet
-from .registry import Feeds
+from .registry import PROTOBUF_BYTES, Feeds
 
 if TYPE_CHECKING:
     import onnx
@@ -24,6 +25,14 @@ INNER_PRECISION = {"LayerNormalization": "stash_type"}
 LARGEST_FP16 = 65504.0
 QUANTISED = ("MatMul", "Gemm")
 FLOAT = 1  # onnx.TensorProto.FLOAT, of what shape inference cannot name
+
+
+def weight_bytes(proto: onnx.ModelProto) -> int:
+    """Return the bytes of all constants of a graph."""
+    import onnx
+
+    types = onnx.helper.tensor_dtype_to_np_dtype
+    return sum(math.prod(t.dims) * types(t.data_type).itemsize for t in proto.graph.initializer)
 
 
 def to_fp16(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -87,9 +96,10 @@ def to_dynamic_int8(proto: onnx.ModelProto) -> onnx.ModelProto:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     return _quantised(
-        lambda path, out: quantize_dynamic(
+        lambda path, out, large: quantize_dynamic(
             path,
             out,
+            use_external_data_format=large,
             op_types_to_quantize=[*QUANTISED, "Gather"],
             per_channel=True,
             weight_type=QuantType.QInt8,
@@ -114,13 +124,14 @@ def to_qdq_int8(proto: onnx.ModelProto, batches: Sequence[Feeds], method: str) -
         "entropy": CalibrationMethod.Entropy,
     }[method]
 
-    def quantise(path: Path, out: Path) -> None:
+    def quantise(path: Path, out: Path, large: bool) -> None:
         ranges = path.with_name("ranges.json")
         calibrator = create_calibrator(
             path,
             [*QUANTISED],
             augmented_model_path=str(path.with_name("augmented.onnx")),
             calibrate_method=how,
+            use_external_data_format=large,
             extra_options={"symmetric": True},
         )
         for batch in batches:  # one at a time: histograms take no batches of several lengths, and memory stays flat
@@ -132,6 +143,7 @@ def to_qdq_int8(proto: onnx.ModelProto, batches: Sequence[Feeds], method: str) -
             calibration_cache_path=ranges,
             calibrate_method=how,
             quant_format=QuantFormat.QDQ,
+            use_external_data_format=large,
             op_types_to_quantize=[*QUANTISED],
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
@@ -166,8 +178,9 @@ def _quantised(quantise: Any, proto: onnx.ModelProto) -> onnx.ModelProto:
 
     # The quantiser infers shapes itself; what the exporter noted of them contradicts the new types.
     del proto.graph.value_info[:]
+    large = weight_bytes(proto) > PROTOBUF_BYTES
     with tempfile.TemporaryDirectory(prefix="deploy-prune-") as folder, quiet("root"), redirect_stdout(io.StringIO()):
         path, out = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
-        onnx.save_model(proto, path)
-        quantise(path, out)
+        onnx.save_model(proto, path, save_as_external_data=large, location="fp32.data")
+        quantise(path, out, large)
         return onnx.load(out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -17,7 +16,7 @@ from . import lower
 from .mha import mha_from_attention
 from .optimum import DIALECT, missing_optimum, onnx_from_optimum
 from .program import program_from_torch, quiet
-from .registry import Feeds, Kind, Options, Shape, Source, missing_package
+from .registry import PROTOBUF_BYTES, Feeds, Kind, Options, Shape, Source, missing_package
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from ..heads import Head
 
 OPSETS = {"opset18": 18, "opset23": 23, "mha": 23}
-EXTERNAL_DATA_ABOVE_BYTES = Options.external_data_above_bytes
 
 
 def onnx_from_torch(
@@ -37,7 +35,7 @@ def onnx_from_torch(
     dialect: str = "opset23",
     shape: Shape | None = None,
     metadata: Mapping[str, str] | None = None,
-    external_data_above_bytes: int = EXTERNAL_DATA_ABOVE_BYTES,
+    external_data_above_bytes: int = PROTOBUF_BYTES,
 ) -> None:
     """Write a model with its head as ONNX: inputs (batch, sequence) int64, outputs named by the head.
 
@@ -85,7 +83,7 @@ def write_onnx(
     path: str | Path,
     shape: Shape | None = None,
     metadata: Mapping[str, str] | None = None,
-    external_data_above_bytes: int = EXTERNAL_DATA_ABOVE_BYTES,
+    external_data_above_bytes: int = PROTOBUF_BYTES,
 ) -> None:
     """Fix the axes if asked, add the metadata, save and check."""
     import onnx
@@ -95,7 +93,7 @@ def write_onnx(
         _fix_axes(proto, shape)
     del proto.metadata_props[:]
     onnx.helper.set_model_props(proto, {**(metadata or {})})
-    if sum(_weight_bytes(t) for t in proto.graph.initializer) > external_data_above_bytes:
+    if lower.weight_bytes(proto) > external_data_above_bytes:
         data = path.name + ".data"
         onnx.save_model(proto, path, save_as_external_data=True, location=data, size_threshold=1024)
     else:
@@ -130,12 +128,6 @@ def _check_weights(proto: Any) -> None:
                 f"Weight {tensor.name} has the shape {tuple(tensor.dims)}: runtimes refuse empty weights.",
                 hint="Replace the empty sub-layer by its bias (slicing does).",
             )
-
-
-def _weight_bytes(tensor: Any) -> int:
-    import onnx
-
-    return math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
 class OnnxExporter:

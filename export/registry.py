@@ -29,6 +29,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 DIALECTS = ("opset18", "opset23", "mha")
 SCHEMES = ("dynamic", "qdq")
 Shape = tuple[int, int]  # batch, sequence
+PROTOBUF_BYTES = 2_000_000_000  # weights above this do not fit into one file: protobuf holds at most 2 GiB
 Feeds = dict[str, np.ndarray]
 
 
@@ -86,7 +87,7 @@ class Options:
     profile: Profile | None = None
     calibrate_by: Literal["minmax", "percentile", "entropy"] = "minmax"
     calibration_rows: int = 256
-    external_data_above_bytes: int = 2_000_000_000  # protobuf holds at most 2 GiB
+    external_data_above_bytes: int = PROTOBUF_BYTES
     builder_level: int | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False

@@ -245,3 +245,17 @@ def test_regression_mha_of_layers_with_a_single_head(heads: int) -> None:
     model = slice_model(dense, groups, SlicePlan.from_masks(groups, masks))
     found = counts(translated(model, "mha"))
     assert (found["MultiHeadAttention"], found["Attention"]) == (2, 0)
+
+
+@pytest.mark.parametrize("scheme", ["dynamic", "static"])
+def test_int8_of_weights_beyond_one_file(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lower, "PROTOBUF_BYTES", 1000)
+    base = graph(Kind("onnx", "opset23", "fp32"))
+    if scheme == "dynamic":
+        found = lower.to_dynamic_int8(base)
+    else:
+        found = lower.to_qdq_int8(base, source("bert").calibration(), "minmax")
+    monkeypatch.undo()
+    small = lower.weight_bytes(found)
+    assert small < lower.weight_bytes(graph(Kind("onnx", "opset23", "fp32")))
+    onnx.checker.check_model(found)

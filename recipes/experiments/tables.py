@@ -88,15 +88,59 @@ def keep_summary(folder: Path) -> None:
     write_atomically(DOCS / "results" / "demo.json", json.dumps(document, indent=1) + "\n")
 
 
-TABLES = {"demo": demo_table, "bench": bench_table}
+def keep_precisions(folder: Path) -> None:
+    """Store the sizes and qualities of a bundle's files as docs/results/NAME-precisions.json."""
+    bundle = Bundle.open(folder)
+    manifest = bundle.manifest
+    name = Path(manifest.model["name"]).name
+    rows = [
+        {
+            "variant": a.variant,
+            "file": a.label,
+            "bytes": bundle.artifact_bytes(a),
+            "parity": a.parity.model_dump(),
+            "quality": a.quality or ({**manifest.quality[a.variant]} if a.parity.status == "passed" else None),
+        }
+        for a in manifest.artifacts
+        if a.variant != "virtual"
+    ]
+    document = {"model": name, "keep": manifest.budget["keep"], "versions": manifest.versions, "rows": rows}
+    write_atomically(DOCS / "results" / f"{name}-precisions.json", json.dumps(document, indent=1) + "\n")
+
+
+def precisions_table(path: Path) -> str:
+    """Return size, quality and agreement with fp32 of every file."""
+    document = json.loads(path.read_text("utf-8"))
+    lines = [
+        f"{document['model']}, {document['keep']:g} of the encoder's FLOPs kept.",
+        "",
+        "| variant | file | MB | parity, max abs | quality | agreement with fp32 | KL to fp32 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        parity, quality = row["parity"], row["quality"] or {}
+        worst = "not run here" if parity["max_abs"] is None else f"{parity['max_abs']:.1e}"
+        value = f"{quality['value']:.4f}" if quality.get("value") is not None else "-"
+        near = quality.get("to_fp32", {})
+        shown = [f"{near[key]:.4f}" if near.get(key) is not None else "-" for key in ("agreement", "kl")]
+        lines.append(
+            f"| {row['variant']} | {row['file']} | {row['bytes'] / 1e6:.1f} | {worst} | {value} | {' | '.join(shown)} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {"precisions": precisions_table, "demo": demo_table, "bench": bench_table}
 
 
 def main(
     demo: Annotated[Path | None, typer.Option(help="Bundle to take the demo's figures from.")] = None,
+    precisions: Annotated[Path | None, typer.Option(help="Bundle to take the files' figures from.")] = None,
 ) -> None:
     """Rewrite the tables in place."""
     if demo:
         keep_summary(demo)
+    if precisions:
+        keep_precisions(precisions)
     path = DOCS / "results.md"
     text = path.read_text("utf-8")
     for source in sorted((DOCS / "results").glob("*.json")):
