@@ -84,8 +84,9 @@ def setting_flags(settings: type[BaseModel], leave_out: tuple[str, ...] = ()) ->
             continue
         flag = f"--{name.replace('_', '-')}"
         kind = _flag_type(field.annotation)
-        flags = (f"{flag}/--no-{name.replace('_', '-')}",) if kind is bool else ALIASES.get(name, (flag,))
-        default = "" if field.default in (None, ()) else f" [dim]\\[default: {_shown(field.default)}][/dim]"
+        both = kind is bool and field.default is None  # else leaving the flag out says no
+        flags = (f"{flag}/--no-{name.replace('_', '-')}",) if both else ALIASES.get(name, (flag,))
+        default = "" if field.default in (None, (), False) else f" [dim]\\[default: {_shown(field.default)}][/dim]"
         metavar = None if kind is bool else "NUMBER" if kind in (int, float) else "TEXT"
         option = typer.Option(*flags, help=f"{field.description}{default}", show_default=False, metavar=metavar)
         parameters.append(
