@@ -6,7 +6,8 @@ if __name__ == "export":  # a bare `import export` from the repository's root wo
 from .evaluation import Evaluation, evaluation_of
 from .parity import check_parity
 from .registry import Exporter, Kind, Options, available_exporters, plan_kinds
-from .room import Exported, export_bundle, verify_bundle
+from .room import Exported, export_bundle
+from .verify import verify_bundle
 
 __all__ = [
     "Evaluation",

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..bundle import VARIANTS, Artifact, Bundle, GoldenCase, Parity, Variant, disk_errors, sha256_file
-from ..errors import DeployPruneError, MissingExtraError, SystemStateError, VerdictError
+from ..errors import DeployPruneError, VerdictError
 from ..runtimes import Runner
 from ..runtimes.fixed import FixedShape
 from ..runtimes.torch_runner import TorchRunner
@@ -26,8 +26,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 RECIPE = 1  # raised when the same options make another file
-# What of the options goes into a file, besides its kind; "int8" and "engine" only where that applies.
-_INT8_OPTIONS = ("calibrate_by", "calibration_rows")
+# Options that only some kinds of file depend on; what a kind itself says is none.
+_STATIC_INT8 = ("calibrate_by", "calibration_rows")
+_ENGINES = (
+    *("profile", "builder_level", "version_compatible", "hardware_compatible", "refit", "strip"),
+    "compute_capabilities",
+)
+_IN_THE_KIND = ("dialects", "schemes", "shape", "aot_inductor", "exporter")
 
 
 @dataclass
@@ -173,7 +178,7 @@ class Workshop:
         place.mkdir()
         path = place / f"model{exporter.suffix}"
         self._say("export", kind)
-        said = dict(exporter.export(kind, self.source, path))
+        said = self._exported(kind, path)
         source = said.pop("source", None)
         artifact = Artifact(
             variant=self.variant,
@@ -203,6 +208,16 @@ class Workshop:
                 artifact.quality = self.evaluation.quality(runner, self.source)
         return Made(path, artifact, source)
 
+    def _exported(self, kind: Kind, path: Path) -> dict[str, Any]:
+        """Write the file; what a tool raises is a failed build of this file, not the end of the others."""
+        try:
+            return dict(available_exporters()[kind.format].export(kind, self.source, path))
+        except (DeployPruneError, OSError):
+            raise
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or ["it gave no reason"])[0]
+            raise VerdictError(f"The build failed: {type(error).__name__}: {reason}") from error
+
     def _shaped(self, runner: Runner, kind: Kind) -> Runner:
         pad_id = int(self.bundle.manifest.model.get("pad_id", 0))
         return FixedShape(runner, kind.shape, pad_id) if kind.shape else runner
@@ -221,7 +236,7 @@ class Workshop:
         key = self._key(kind)
         for bundle in filter(None, (self.bundle, self.previous)):
             for artifact in bundle.manifest.artifacts:
-                if artifact.key != key or artifact.variant != self.variant:
+                if artifact.key != key or artifact.variant != self.variant or self._unmeasured(artifact):
                     continue
                 self.result.reused += 1
                 if bundle is self.bundle:
@@ -239,6 +254,11 @@ class Workshop:
                 return Made(path, copied, _source_kind(bundle, artifact))
         return None
 
+    def _unmeasured(self, artifact: Artifact) -> bool:
+        """Say whether a file lacks the quality that can be measured now: it was made without data."""
+        measurable = artifact.precision != "fp32" and artifact.shape is None and artifact.parity.status == "passed"
+        return measurable and artifact.quality is None and self.evaluation is not None
+
     def _store(self, made: Made) -> str:
         """Move a file, and its companion, into the bundle; the manifest's entry of the same kind is replaced."""
         artifact, manifest = made.artifact, self.bundle.manifest
@@ -247,7 +267,7 @@ class Workshop:
         exporter = available_exporters()[artifact.format]
         companions = [p for p in made.path.parent.iterdir() if p != made.path]
         digest = _digest([made.path, *sorted(companions)])
-        stem = f"{self.variant}-{_kind(artifact).label}-{digest[:12]}"
+        stem = f"{self.variant}-{kind_of(artifact).label}-{digest[:12]}"
         name = f"{stem}{exporter.suffix}"
         for data in companions:
             renamed = _data_name(name, data.name)
@@ -259,7 +279,7 @@ class Workshop:
         for old, new in names.items():
             artifact.reproduce = [line.replace(old, new) for line in artifact.reproduce]
         artifact.sha256 = manifest.files[artifact.path]
-        same = [a for a in manifest.artifacts if a.variant == self.variant and _kind(a) == _kind(artifact)]
+        same = [a for a in manifest.artifacts if a.variant == self.variant and kind_of(a) == kind_of(artifact)]
         manifest.artifacts = [a for a in manifest.artifacts if a not in same] + [artifact]
         kept = {p for a in manifest.artifacts for p in (a.path, a.data_path)}
         for relative in {p for a in same for p in (a.path, a.data_path)} - kept:
@@ -269,14 +289,9 @@ class Workshop:
     def _key(self, kind: Kind) -> str:
         """Return the hash of everything that the file depends on: weights, kind, options, metadata, versions."""
         manifest, exporter = self.bundle.manifest, available_exporters()[kind.format]
-        options = asdict(self.options)
-        if kind.scheme != "qdq":
-            options = {k: v for k, v in options.items() if k not in _INT8_OPTIONS}
-        if exporter.suffix != ".engine":
-            engine = ("profile", "builder_level", "version_compatible", "hardware_compatible", "refit", "strip")
-            options = {k: v for k, v in options.items() if k not in (*engine, "compute_capabilities")}
-        for elsewhere in ("dialects", "schemes", "shape", "aot_inductor", "exporter"):  # the kind says it
-            options.pop(elsewhere)
+        unused = {*_IN_THE_KIND, *(() if kind.scheme == "qdq" else _STATIC_INT8)}
+        unused |= set() if exporter.suffix == ".engine" else set(_ENGINES)
+        options = {name: value for name, value in asdict(self.options).items() if name not in unused}
         contents = {
             "recipe": RECIPE,
             "kind": asdict(kind),
@@ -294,14 +309,15 @@ class Workshop:
             self.progress(f"{what} {self.variant} {kind.label}")
 
 
-def _kind(artifact: Artifact) -> Kind:
+def kind_of(artifact: Artifact) -> Kind:
+    """Return the kind of file that an artifact is."""
     return Kind(artifact.format, artifact.dialect, artifact.precision, artifact.scheme, artifact.shape)
 
 
 def _source_kind(bundle: Bundle, artifact: Artifact) -> Kind | None:
     if artifact.source is None:
         return None
-    return next((_kind(a) for a in bundle.manifest.artifacts if a.path == artifact.source), None)
+    return next((kind_of(a) for a in bundle.manifest.artifacts if a.path == artifact.source), None)
 
 
 def _data_name(name: str, data: str) -> str:
@@ -332,38 +348,3 @@ def _metadata(bundle: Bundle) -> dict[str, str]:
         "labels": manifest.task.get("labels", []),
     }
     return {f"deploy_prune.{key}": json.dumps(value, sort_keys=True) for key, value in values.items()}
-
-
-def verify_bundle(bundle: Bundle) -> Exported:
-    """Compare every artifact that can run on this machine with the golden outputs; the caller commits the bundle.
-
-    Parity that was not run is completed. What differs is listed as a failure and keeps its entry.
-    """
-    result, golden = Exported(), bundle.golden()
-    exporters, head = available_exporters(), bundle.manifest.task["head"]
-    for artifact in bundle.manifest.artifacts:
-        kind = _kind(artifact)
-        if artifact.format not in exporters:
-            result.skipped.append(Skipped(artifact.format, artifact.precision, "no exporter of this format is here"))
-            continue
-        runner = exporters[artifact.format].runner(artifact, bundle.path(artifact.path))
-        if isinstance(runner, str):
-            result.skipped.append(Skipped(artifact.format, artifact.precision, runner))
-            continue
-        cases = golden
-        if kind.shape is not None:
-            runner = FixedShape(runner, kind.shape, int(bundle.manifest.model.get("pad_id", 0)))
-            cases = [c for c in golden if c.inputs["input_ids"].shape[1] <= kind.shape[1]]
-        try:
-            with runner:
-                found = check_parity(runner, cases, artifact.variant, head=head, precision=kind.precision)
-        except (MissingExtraError, SystemStateError) as error:
-            result.skipped.append(Skipped(artifact.format, artifact.precision, error.message))
-            continue
-        except VerdictError as error:
-            result.failures[f"{artifact.variant} {kind.label}"] = error
-            continue
-        if found.status == "passed":
-            artifact.parity = found
-        result.artifacts.append(artifact)
-    return result

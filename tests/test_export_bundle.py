@@ -176,6 +176,32 @@ def test_quality_of_a_lower_precision_is_measured(tmp_path: Path) -> None:
     assert static.calibration == {"method": "minmax", "rows": 16}  # type: ignore[attr-defined]
 
 
+def test_a_file_made_without_data_is_measured_later(tmp_path: Path) -> None:
+    bundle = exported_bundle(tmp_path)
+    (first,) = export_bundle(bundle, precisions=["fp16"], variants=["sliced"]).artifacts
+    assert first.quality is None
+    rows = [Row(tiny_row(seed)) for seed in range(8)]
+    evaluation = Evaluation(tiny_data(rows, [0] * 8), rows, Head("classification"), 0)
+    again = export_bundle(bundle, precisions=["fp16"], variants=["sliced"], evaluation=evaluation)
+    assert again.artifacts[0].quality is not None
+    assert export_bundle(bundle, precisions=["fp16"], variants=["sliced"], evaluation=evaluation).reused == 1
+
+
+def test_a_tool_that_breaks_fails_its_own_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = exported_bundle(tmp_path)
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("the converter fell over\nand over")
+
+    monkeypatch.setattr("deploy_prune.export.lower.to_fp16", broken)
+    made = export_bundle(bundle, formats=["onnx", "pt2"], precisions=["fp16"], variants=["sliced"])
+    assert [a.format for a in made.artifacts] == ["pt2"]
+    with pytest.raises(
+        VerdictError, match="onnx-opset23-fp16: The build failed: RuntimeError: the converter fell over"
+    ):
+        made.check()
+
+
 def test_fixed_shapes_are_kinds_of_their_own(tmp_path: Path) -> None:
     bundle = exported_bundle(tmp_path)
     (fixed,) = export_bundle(bundle, variants=["sliced"], options=Options(shape=(2, 9))).artifacts
