@@ -139,13 +139,15 @@ def _before_split(graph: _Graph, name: str, node: Any) -> str:
 
 
 def _after_join(graph: _Graph, node: Any) -> Any:
-    """Return the Reshape that puts the heads' outputs side by side again."""
-    takers = graph.takers.get(node.output[0], [])
-    if len(takers) == 1 and takers[0].op_type == "Transpose":
-        takers = graph.takers.get(takers[0].output[0], [])
-    if len(takers) != 1 or takers[0].op_type != "Reshape":
-        raise InputError(f"{node.name}: its output is not put together by one Reshape, so it cannot be fused.")
-    return takers[0]
+    """Return the Reshape that puts the heads' outputs side by side again, (B, T, H * dh)."""
+    name = node.output[0]
+    while True:
+        takers = graph.takers.get(name, [])
+        if len(takers) != 1 or takers[0].op_type not in ("Transpose", "Reshape"):
+            raise InputError(f"{node.name}: its output is not put together by a Reshape, so it cannot be fused.")
+        name = takers[0].output[0]
+        if len(graph.shapes[name]) == 3:
+            return takers[0]
 
 
 def _heads(graph: _Graph, node: Any, projection: str) -> int:

@@ -17,12 +17,13 @@ from torch import nn
 
 from deploy_prune.errors import InputError
 from deploy_prune.export import lower
-from deploy_prune.export.onnx import onnx_from_torch, proto_from_program
+from deploy_prune.export.onnx import onnx_from_torch, proto_from_program, write_onnx
 from deploy_prune.export.program import program_from_torch
 from deploy_prune.export.registry import Kind, Options, available_exporters, plan_kinds, read_profile
 from deploy_prune.heads import Head
 from deploy_prune.runtimes import Runner
 from deploy_prune.runtimes.fixed import FixedShape
+from deploy_prune.runtimes.ort import OrtRunner
 from deploy_prune.slicing import slice_model
 from deploy_prune.units import SlicePlan
 
@@ -237,14 +238,21 @@ def test_regression_embedding_as_wide_as_the_fixed_length() -> None:
     np.testing.assert_allclose(found, run_torch(given.model, given.head, inputs)["embedding"], atol=1e-5)
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-def test_regression_mha_of_layers_with_a_single_head(heads: int) -> None:
-    dense = tiny_model("bert", "classification")
+@pytest.mark.parametrize("heads", [(1, 2), (2, 1), (1, 1), (0, 1)])
+def test_regression_mha_of_layers_with_a_single_head(heads: tuple[int, int], tmp_path: Path) -> None:
+    dense, head = tiny_model("bert", "classification"), Head("classification")
     groups, _ = tiny_plan(dense)
-    masks = {g.name: (np.arange(g.size) < (heads if g.kind == "head" else g.size)).astype(float) for g in groups}
+    kept = {g.name: heads[g.layer] if g.kind == "head" else g.size for g in groups}
+    masks = {g.name: (np.arange(g.size) < kept[g.name]).astype(float) for g in groups}
     model = slice_model(dense, groups, SlicePlan.from_masks(groups, masks))
-    found = counts(translated(model, "mha"))
-    assert (found["MultiHeadAttention"], found["Attention"]) == (2, 0)
+    proto = translated(model, "mha")
+    found = counts(proto)
+    assert (found["MultiHeadAttention"], found["Attention"]) == (sum(h > 0 for h in heads), 0)
+    write_onnx(proto, tmp_path / "m.onnx")
+    inputs = tiny_inputs(input_names("bert"), 3, 9, seed=4)
+    with OrtRunner(tmp_path / "m.onnx") as runner:
+        difference = runner.infer(inputs)["logits"] - run_torch(model, head, inputs)["logits"]
+    assert np.abs(difference).max() < 1e-5
 
 
 @pytest.mark.parametrize("scheme", ["dynamic", "static"])
