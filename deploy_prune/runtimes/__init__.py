@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
+from typing import TYPE_CHECKING
 
-from ..bundle import Bundle, Variant
 from ..errors import InputError
 from .base import Opener, Runner, TensorSpec
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle, Variant
 
 __all__ = ["Opener", "Runner", "TensorSpec", "available_runtimes", "open_runner"]
 

@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ..bundle import Artifact, Bundle, Variant
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..bundle import Artifact, Bundle, Variant
 
 Arrays = dict[str, np.ndarray]
 

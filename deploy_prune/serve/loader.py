@@ -1,6 +1,7 @@
 """Open an exported model with its tokenizer: numpy, tokenizers and one runtime; neither torch nor transformers.
 
-The tokenizer and the runtime are imported when a bundle is loaded, so that importing this module stays cheap.
+The tokenizer, the runtime and the reader of manifests are imported when a bundle is loaded, so that importing this
+module stays cheap.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..bundle import VARIANTS, Bundle, Variant
 from ..errors import BundleError, InputError, MissingExtraError
 from ..runtimes import Runner, open_runner
 from ..runtimes.fixed import FixedShape
@@ -21,6 +21,8 @@ from .answers import Text, check_texts, read_answers
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
+
+    from ..bundle import Bundle, Variant
 
 BATCH_ROWS = 32  # texts per run: memory does not grow with the number of texts
 _SHORT_NAMES = {"ort": "ort-cpu"}
@@ -41,6 +43,8 @@ def load(
     is missing, corrupted or without tokenizer.json, InputError for an unknown runtime, variant or number of
     threads and where the file was not exported, MissingExtraError when the runtime is not installed.
     """
+    from ..bundle import VARIANTS, Bundle
+
     if variant not in VARIANTS:
         raise InputError(f"No variant '{variant}'.", hint=f"There are: {', '.join(VARIANTS)}.")
     if threads is not None and threads < 1:
