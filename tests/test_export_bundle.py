@@ -280,9 +280,20 @@ def parity(got: np.ndarray, golden: GoldenCase, head: str) -> Any:
 def test_padding_counts_only_where_outputs_are_per_sequence() -> None:
     golden = case(np.zeros((1, 2), np.float32), [[1, 0]])
     off = np.array([[0.0, 1.0]], np.float32)
-    assert parity(off, golden, "token").max_abs == 0.0
+    assert parity(off, golden, "qa").max_abs == 0.0
     with pytest.raises(VerdictError, match=r"\(1, 2\) is off by 1"):
         parity(off, golden, "classification")
+
+
+def test_agreement_counts_what_a_user_reads_off() -> None:
+    spans = np.array([[0.0, 5e-5, 9.0], [1.0, 0.0, 0.0]], np.float32)  # the 9 stands on padding
+    moved = np.array([[6e-5, 0.0, 9.0], [1.0, 0.0, 0.0]], np.float32)
+    assert parity(moved, case(spans, [[1, 1, 0], [1, 1, 1]]), "qa").agreement == 0.5
+    words = np.array([[[0.0, 5e-5], [1.0, 0.0], [1.0, 0.0]]], np.float32)
+    moved = np.array([[[5e-5, 0.0], [1.0, 0.0], [0.0, 1.0]]], np.float32)
+    assert parity(moved, case(words, [[1, 1, 0]]), "token").agreement == 0.5
+    assert parity(words[0], case(words[0], [[1], [1], [1]]), "classification").agreement == 1.0
+    assert parity(words[0], case(words[0], [[1], [1], [1]]), "embedding").agreement is None
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 2e-4])
