@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from . import __version__, cli_lab, screen
-from .bundle import VARIANTS, Bundle, Variant, locked
-from .config import ExportSettings, Recipe
+from .bundle import VARIANTS, Bundle, Variant, disk_errors, locked, write_atomically
+from .config import BenchSettings, ExportSettings, Recipe
 from .errors import DeployPruneError, MissingExtraError, SystemStateError
-from .flags import Json, export_command, numbers, recipe_command, words
+from .flags import Json, recipe_command, settings_command, words
 
 app = typer.Typer(
     name="deploy-prune",
@@ -105,7 +107,7 @@ def slice_command(
 
 
 @app.command()
-@export_command
+@settings_command(ExportSettings, "export")
 def export(
     bundle: BundleArg,
     settings: ExportSettings,
@@ -174,41 +176,46 @@ def verify(bundle: BundleArg, as_json: Json = False) -> None:
 
 
 @app.command()
+@settings_command(
+    BenchSettings, "bench", file=typer.Option("--matrix", "-c", help="The settings as a TOML file; flags override it.")
+)
 def bench(
-    bundle: BundleArg,
-    runtimes: Annotated[str, typer.Option(help="Runtimes, separated by commas.")] = "ort-cpu,torch",
-    batches: Annotated[str, typer.Option("--batch", "--batches", help="Batch sizes.")] = "1",
-    seqs: Annotated[str, typer.Option("--seq", "--seqs", help="Sequence lengths (default: the budget's).")] = "",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: the physical cores).")] = None,
-    seconds: Annotated[float, typer.Option(help="Time limit of one latency measurement.")] = 4.0,
+    paths: Annotated[list[Path], typer.Argument(metavar="BUNDLE | BUNDLES... | ONNX...", show_default=False)],
+    settings: BenchSettings,
+    out: Annotated[Path | None, typer.Option(help="File for the result (JSON); a single bundle keeps its own.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure latency and peak memory of dense, virtual and sliced, interleaved in one session.
+    """Measure models side by side: latency, memory, throughput and energy, each model in a process of its own.
 
-    [bold]Example[/bold]
+    One bundle: its variants, and the result is stored in it. Several bundles, or any ONNX files: against each
+    other; the first one is the baseline.
+
+    [bold]Examples[/bold]
 
       deploy-prune bench bundles/demo --batch 1,8 --seq 32,128
-    """
-    from .runtime_bench.bench import bench_bundle
 
-    with locked(bundle):
-        opened = Bundle.open(bundle)
-        with screen.Bars() as bars, bars.stage("bench") as progress:
-            result = bench_bundle(
-                opened,
-                runtimes=words(runtimes),
-                batches=numbers("--batch", batches),
-                seqs=numbers("--seq", seqs) or None,
-                threads=threads,
-                max_seconds_per_cell=seconds,
-                progress=lambda name: progress(0.5),
-            )
-        _write_report(opened)
+      deploy-prune bench bundles/demo --matrix recipes/bench-cpu.toml
+
+      deploy-prune bench a.onnx b.onnx --seq 128
+    """
+    from .runtime_bench.bench import bench_bundle, bench_paths
+
+    with screen.Bars() as bars, bars.stage("bench") as progress:
+        if len(paths) == 1 and paths[0].suffix != ".onnx":
+            with locked(paths[0]):
+                opened = Bundle.open(paths[0])
+                result = bench_bundle(opened, settings, progress)
+                _write_report(opened)
+        else:
+            result = bench_paths(paths, settings, progress)
+    if out is not None:
+        with disk_errors(out):
+            write_atomically(out, json.dumps(result, indent=2) + "\n")
     if as_json:
         screen.print_json(result)
         return
     _print_failures(result["failures"])
-    _summary(opened)
+    screen.print_bench(result)
 
 
 app.add_typer(cli_lab.app)
@@ -286,7 +293,9 @@ def _write_report(bundle: Bundle) -> None:
 
 def _print_failures(failures: list[dict[str, Any]]) -> None:
     for f in failures:
-        screen.err.print(f"[yellow]not measured:[/] {f.get('runtime')} {f.get('variant') or ''} {f.get('reason')}")
+        screen.err.print(
+            f"[yellow]not measured:[/] {f['runtime']} {f['batch']}x{f['seq']} {f['model']}: {escape(f['reason'])}"
+        )
 
 
 def _variants(text: str) -> list[Variant]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from .errors import InputError
 
+Settings = TypeVar("Settings", bound=BaseModel)
 MIN_SAMPLES = 64
 DEFAULT_KEEP = 0.5
 
@@ -46,6 +47,34 @@ class ExportSettings(BaseModel):
     exporter: Literal["torch", "optimum"] = _field(
         "torch", "Who writes the ONNX file: torch, or optimum (in an environment that has it)."
     )
+
+
+class BenchSettings(BaseModel):
+    """Say what is measured, where, and for how long: a matrix of runtimes, batches, lengths and threads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    models: tuple[str, ...] = _field(
+        (),
+        "Variants, perhaps in a precision, as sliced:int8 (default: dense,virtual,sliced; of several bundles sliced).",
+    )
+    runtimes: tuple[str, ...] = _field(("ort-cpu", "torch"), "Runtimes, separated by commas.")
+    batches: tuple[PositiveInt, ...] = _field((1,), "Batch sizes.")
+    seqs: tuple[PositiveInt, ...] = _field((), "Sequence lengths (default: the budget's).")
+    threads: tuple[PositiveInt, ...] = _field((), "Numbers of threads (default: the physical cores).")
+    seconds: float = _field(4.0, "Time for the turns of one cell.", gt=0)
+    min_rounds: int = _field(10, "Rounds that are taken even if they need longer.", ge=2)
+    warmup_seconds: float = _field(3.0, "Time limit of a cell's warm-up; it ends when the models are steady.", gt=0)
+    control: bool | None = Field(
+        default=None, description="Run the baseline in a second process, to see the noise (default: yes)."
+    )
+
+    @field_validator("runtimes", "batches")
+    @classmethod
+    def _not_empty(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not value:
+            raise ValueError("an empty list leaves nothing to measure")
+        return value
 
 
 class Recipe(ExportSettings):
@@ -151,9 +180,14 @@ class Recipe(ExportSettings):
 
 
 def load_recipe(path: str | Path | None = None, **flags: Any) -> Recipe:
-    """Read a TOML recipe, let the given flags (those not None) override it, and validate.
+    """Read a TOML recipe, let the given flags (those not None) override it, and validate. Raises InputError."""
+    return load_settings(Recipe, path, "run", **flags)
 
-    Raises InputError naming the file, the key and what is allowed.
+
+def load_settings(settings: type[Settings], path: str | Path | None, command: str, **flags: Any) -> Settings:
+    """Read settings from TOML, let the given flags (those not None) override them, and validate.
+
+    Raises InputError naming the file, the key and what is allowed, and whose --help says more.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -165,17 +199,9 @@ def load_recipe(path: str | Path | None = None, **flags: Any) -> Recipe:
             raise InputError(f"{path} is not valid TOML: {error}.") from error
     values |= {k: v for k, v in flags.items() if v is not None}
     try:
-        return Recipe.model_validate(values)
+        return settings.model_validate(values)
     except ValidationError as error:
-        raise InputError(_explain(error, path, Recipe), hint="See: deploy-prune run --help") from error
-
-
-def load_settings(**flags: Any) -> ExportSettings:
-    """Check the settings of an export (those not None). Raises InputError naming the one and what is allowed."""
-    try:
-        return ExportSettings.model_validate({k: v for k, v in flags.items() if v is not None})
-    except ValidationError as error:
-        raise InputError(_explain(error, None, ExportSettings), hint="See: deploy-prune export --help") from error
+        raise InputError(_explain(error, path, settings), hint=f"See: deploy-prune {command} --help") from error
 
 
 def _explain(error: ValidationError, path: str | Path | None, settings: type[BaseModel]) -> str:

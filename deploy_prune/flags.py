@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from pydantic import BaseModel
 
-from .config import ExportSettings, Recipe, load_recipe, load_settings
+from .config import Recipe, load_recipe, load_settings
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 ALIASES = {
@@ -18,6 +18,8 @@ ALIASES = {
     "precisions": ("--precision", "--precisions"),
     "dialects": ("--dialects", "--dialect"),
     "schemes": ("--schemes", "--scheme"),
+    "batches": ("--batches", "--batch"),
+    "seqs": ("--seqs", "--seq"),
 }
 
 
@@ -47,18 +49,29 @@ def recipe_command(function: Callable[..., None]) -> Callable[..., None]:
     return dressed(command, function, parameters)
 
 
-def export_command(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command on a bundle one flag per field of the export settings, before its own parameters."""
-    own = list(inspect.signature(function, eval_str=True).parameters.values())
-    first, rest = own[0], own[2:]  # the bundle; then the settings, which the flags stand for
-    parameters = [first, *setting_flags(ExportSettings), *(p.replace(kind=p.KEYWORD_ONLY) for p in rest)]
+def settings_command(
+    settings: type[BaseModel], name: str, file: Any = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one flag per field of its settings, which are its second parameter, and perhaps one for a file."""
 
-    def command(**values: Any) -> None:
-        names = [name for name in ExportSettings.model_fields if name in values]
-        given = split_lists(ExportSettings, {name: values.pop(name) for name in names})
-        function(values.pop(first.name), load_settings(**given), **values)
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(function, eval_str=True).parameters.values())
+        first, rest = own[0], [p.replace(kind=p.KEYWORD_ONLY) for p in own[2:]]
+        parameters = [first, *setting_flags(settings), *rest]
+        if file is not None:
+            annotation = Annotated[Path | None, file]
+            parameters.append(
+                inspect.Parameter("file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            )
 
-    return dressed(command, function, parameters)
+        def command(**values: Any) -> None:
+            given = split_lists(settings, {key: values.pop(key) for key in settings.model_fields if key in values})
+            path = values.pop("file", None)
+            function(values.pop(first.name), load_settings(settings, path, name, **given), **values)
+
+        return dressed(command, function, parameters)
+
+    return decorate
 
 
 def dressed(command: Any, function: Callable[..., None], parameters: list[inspect.Parameter]) -> Any:

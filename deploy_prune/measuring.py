@@ -1,4 +1,4 @@
-"""Time models that are in memory, as a runtime would run them, side by side in one fresh process."""
+"""Time models that are in memory, as a runtime would run them, in turns, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -12,28 +12,18 @@ from torch import nn
 
 from .bundle import Bundle, Manifest
 from .checkpoint import save_sliced
+from .config import BenchSettings
 from .errors import SystemStateError
 from .export import export_bundle
 from .golden import golden_cases, random_rows
 from .heads import Head
-from .runtime_bench.isolate import run_isolated
+from .runtime_bench.bench import Place, time_subjects
 from .runtime_bench.stats import Ratio, ratio_of_medians, summarise_ms
+from .runtime_bench.subjects import Subject
 from .units import SlicePlan
 from .variants import Variants
 
 FORMAT_OF = {"ort-cpu": "onnx"}  # what a runtime reads; the others load the checkpoint
-MIN_ROUNDS = 10
-_CELL = "deploy_prune.runtime_bench.cells:time_cell"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Say in which runtime, at which batch and length, and with how many threads models are timed."""
-
-    runtime: str
-    batch: int
-    seq: int
-    threads: int
 
 
 @dataclass(frozen=True)
@@ -75,35 +65,25 @@ class Stage:
         return root
 
 
-def time_bundles(roots: Mapping[str, Path], shape: Shape, seconds: float) -> dict[str, list[int]]:
-    """Return the wall times in ns of the sliced model in each bundle, interleaved, `seconds` for each.
+def time_bundles(roots: Mapping[str, Path], place: Place, seconds: float) -> dict[str, list[float]]:
+    """Return the rounds' wall times in ns of the sliced model in each bundle, in turns, `seconds` for each.
 
     Raises SystemStateError when one of them cannot be run.
     """
-    answer: dict[str, Any] = run_isolated(
-        _CELL,
-        {
-            "models": {name: {"root": str(root), "variant": "sliced"} for name, root in roots.items()},
-            "runtime": shape.runtime,
-            "batch": shape.batch,
-            "seq": shape.seq,
-            "threads": shape.threads,
-            "max_seconds": seconds * len(roots),
-            "min_rounds": MIN_ROUNDS,
-        },
-    )
-    for failure in answer["failures"].values():
-        raise SystemStateError(f"{shape.runtime} could not run a cut model: {failure['reason']}")
-    return {name: samples["wall_ns"] for name, samples in answer["samples"].items()}
+    subjects = [Subject(name, str(root), "sliced") for name, root in roots.items()]
+    timed = time_subjects(subjects, place, BenchSettings(seconds=seconds * len(roots)))
+    for failure in timed.failures.values():
+        raise SystemStateError(f"{place.runtime} could not run a cut model: {failure.message}") from failure
+    return {name: samples.rounds() for name, samples in timed.samples.items()}
 
 
 def time_models(
-    candidates: Mapping[str, Candidate], head: Head, shape: Shape, seconds: float = 2.0
+    candidates: Mapping[str, Candidate], head: Head, place: Place, seconds: float = 2.0
 ) -> dict[str, tuple[float, Ratio]]:
     """Return each model's median in ms and its ratio to "dense", which must be among them."""
     with tempfile.TemporaryDirectory(prefix="deploy-prune-time-") as folder:
-        stage = Stage(Path(folder), head, shape.runtime)
-        samples = time_bundles({name: stage.write(name, c) for name, c in candidates.items()}, shape, seconds)
+        stage = Stage(Path(folder), head, place.runtime)
+        samples = time_bundles({name: stage.write(name, c) for name, c in candidates.items()}, place, seconds)
     return {
         name: (summarise_ms(times)["median"], ratio_of_medians(times, samples["dense"]))
         for name, times in samples.items()

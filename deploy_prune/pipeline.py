@@ -19,7 +19,7 @@ from .archs import arch_of, max_positions
 from .bundle import VARIANTS, Artifact, Bundle, Stage, disk_errors, publish, staging, write_atomically
 from .calibration import sample_indices
 from .checkpoint import Dense, input_names, load_config, load_dense, save_sliced
-from .config import MIN_SAMPLES, Recipe
+from .config import MIN_SAMPLES, BenchSettings, Recipe
 from .costs import Budget, encoder_flops
 from .errors import BundleError, InputError, VerdictError
 from .evaluate import evaluate
@@ -208,15 +208,8 @@ def _finish(
         _commit(bundle, recorder)
     if export and bench:
         with recorder.stage("bench") as record, reporter.stage("bench") as progress:
-            cells = len(recipe.runtimes) * len(recipe.batches)
-            step = Steps(progress, cells * (1 + len(VARIANTS)))
-            result = bench_bundle(
-                bundle,
-                runtimes=recipe.runtimes,
-                batches=recipe.batches,
-                max_seconds_per_cell=recipe.bench_seconds,
-                progress=step,
-            )
+            settings = BenchSettings(runtimes=recipe.runtimes, batches=recipe.batches, seconds=recipe.bench_seconds)
+            result = bench_bundle(bundle, settings, progress)
             record["failures"] = len(result["failures"])
     _commit(bundle, recorder)
     write_report(bundle)

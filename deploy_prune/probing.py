@@ -14,8 +14,9 @@ from .checkpoint import input_names, load_config, load_dense
 from .errors import InputError
 from .heads import Head
 from .latency_table import LatencyTable
-from .measuring import Candidate, Shape, Stage, time_bundles
+from .measuring import Candidate, Stage, time_bundles
 from .progress import Progress
+from .runtime_bench.bench import Place
 from .runtime_bench.machine import default_threads, describe_machine
 from .runtime_bench.probe import Point, grid, kind_tables
 from .runtime_bench.stats import Ratio, ratio_of_medians, summarise_ms
@@ -24,7 +25,7 @@ from .slicing import slice_model
 from .tasks.registry import model_head
 from .units import MaskSet, SlicePlan, UnitGroup
 
-TOGETHER = 4  # points that are measured beside the dense model in one process
+TOGETHER = 4  # points that are measured beside the dense model
 
 
 def probe(
@@ -41,8 +42,8 @@ def probe(
     """Measure a checkpoint's latency over the number of heads and of FFN neurons.
 
     In every point all layers are cut alike, so that caches and memory behave as in the whole model. A few
-    points at a time are interleaved with the dense model in a fresh process, `seconds` for each, and count by
-    their ratio to it. Raises InputError for a runtime, length or architecture that cannot be probed.
+    points at a time take turns with the dense model, each in a process of its own, `seconds` for each, and count
+    by their ratio to it. Raises InputError for a runtime, length or architecture that cannot be probed.
     """
     if runtime not in available_runtimes():
         raise InputError(f"No runtime '{runtime}'.", hint=f"There are: {', '.join(sorted(available_runtimes()))}.")
@@ -56,7 +57,7 @@ def probe(
     groups = check_config(dense.model.config).groups(dense.model)
     attention, ffn = one_shape(groups, "head"), one_shape(groups, "neuron")
     full = Point(attention.size, ffn.size)
-    shape = Shape(runtime, batch, seq, default_threads() if threads is None else threads)
+    place = Place(runtime, batch, seq, default_threads() if threads is None else threads)
     points = [p for p in grid(*full, widths) if p != full]
     inputs = input_names(dense.model, dense.tokenizer)
 
@@ -73,7 +74,7 @@ def probe(
                 for number, point in enumerate(points[start : start + TOGETHER]):
                     roots[str(number)] = stage.write(str(number), cut(point))
                     progress((start + 0.9 * (number + 1)) / len(points))
-                samples = time_bundles(roots, shape, seconds)
+                samples = time_bundles(roots, place, seconds)
             dense_ns += samples["dense"]
             for number, point in enumerate(points[start : start + TOGETHER]):
                 found[point] = ratio_of_medians(samples[str(number)], samples["dense"])
@@ -85,13 +86,13 @@ def probe(
         runtime=runtime,
         batch=batch,
         seq=seq,
-        threads=shape.threads,
+        threads=place.threads,
         hidden=attention.hidden,
         layers=layers,
         base_ms=base_ms,
         dense_ms=dense_ms,
         kinds=kinds,
-        machine=describe_machine(shape.threads),
+        machine=describe_machine(place.threads),
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -155,3 +156,34 @@ def _flops(value: float | None) -> str:
     if value is None:
         return "-"
     return _scaled(value, 1e9, "G") if value >= 1e10 else f"{value / 1e6:,.2f} M"
+
+
+def print_bench(result: dict[str, Any]) -> None:
+    """Print one table a cell: each model's latency, its process's peak memory, and its ratio to the baseline."""
+    noise = {_where(n): n for n in result["noise"]}
+    cells: dict[str, list[dict[str, Any]]] = {}
+    for m in result["measurements"]:
+        cells.setdefault(_where(m), []).append(m)
+    for where, lines in cells.items():
+        table = Table(title=f"{where} ({lines[0]['provider']})", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        longest = max(len(m["model"]) for m in lines)
+        table.add_column("model", overflow="fold", min_width=min(longest, 16))
+        for name in ("ms", "p95", "rows/s", "MB", "ratio", ""):
+            table.add_column(name, justify="right" if name else "left", no_wrap=True)
+        for m in lines:
+            table.add_row(
+                m["model"],
+                *(f"{m['latency_ms'][key]:.2f}" for key in ("median", "p95")),
+                f"{m['rows_per_second']:.1f}",
+                f"{m['peak_rss_bytes'] / 1e6:.0f}",
+                "1" if m["model"] == result["baseline"] else _ratio(m["ratio"]),
+                {"none": "no difference", None: ""}.get(m["difference"], m["difference"]),
+            )
+        out.print(table)
+        if (floor := noise[where]["floor"]) is not None:
+            said = f"ratio to {result['baseline']}; two processes of the same model differ by up to {100 * floor:.1f}%"
+            out.print(said, "", sep="\n", highlight=False)
+
+
+def _where(entry: dict[str, Any]) -> str:
+    return f"{entry['runtime']}, batch {entry['batch']}, {entry['seq']} tokens, {entry['threads']} threads"

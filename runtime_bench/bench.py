@@ -1,160 +1,337 @@
-"""Measure a bundle: each runtime at each shape in a process of its own, its variants side by side."""
+"""Measure models side by side: in each cell (runtime, shape, threads) one process a model, driven in turns."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..bundle import VARIANTS, Bundle, Variant, disk_errors
-from ..errors import InputError
-from ..runtimes import available_runtimes
-from .isolate import WorkerError, run_isolated
-from .machine import default_threads, describe_machine
-from .stats import ratio_of_medians, summarise_ms
+import numpy as np
 
-SCHEMA_VERSION = "1.0"
-_CELLS = "deploy_prune.runtime_bench.cells"
+from ..bundle import VARIANTS, Bundle, disk_errors
+from ..config import BenchSettings
+from ..errors import InputError
+from ..progress import Progress
+from ..runtimes import available_runtimes, onnx_runtimes
+from .isolate import Worker, WorkerError
+from .machine import default_threads, describe_machine
+from .stats import noise_floor, ratio_of_medians, summarise_ms, tell_difference
+from .subjects import PRECISIONS, Subject, bundle_subjects, distinct_names, file_subject
+from .timing import Samples, take_turns
+
+SCHEMA_VERSION = "2.0"
+CONTROL = "control"  # the second process of the baseline, from which the noise floor is read
+BASELINE = "dense"
+FILE_LENGTH = 128  # tokens, where nothing says how long texts are
+_CELL = "deploy_prune.runtime_bench.cells:Cell"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Say where models are compared: a cell of the matrix."""
+
+    runtime: str
+    batch: int
+    seq: int
+    threads: int
+
+
+@dataclass
+class Timed:
+    """Hold what a cell gave: per model its samples and description, and what failed."""
+
+    samples: dict[str, Samples]
+    described: dict[str, dict[str, Any]]
+    failures: dict[str, WorkerError]
 
 
 def bench_bundle(
-    bundle: Bundle,
-    *,
-    runtimes: Sequence[str] = ("ort-cpu", "torch"),
-    batches: Sequence[int] = (1,),
-    seqs: Sequence[int] | None = None,
-    variants: Sequence[Variant] = VARIANTS,
-    max_seconds_per_cell: float = 4.0,
-    min_rounds: int = 10,
-    threads: int | None = None,
-    progress: Callable[[str], None] | None = None,
+    bundle: Bundle, settings: BenchSettings | None = None, progress: Progress = lambda share: None
 ) -> dict[str, Any]:
-    """Measure latency and peak memory and store the result as bench/*.json; the caller commits.
+    """Measure a committed bundle's models and store the result as bench/*.json and *.npz; the caller commits.
 
-    `seqs` defaults to the budget's sequence length, `threads` to the physical cores. The latency of
-    one runtime at one shape takes at most `max_seconds_per_cell`, or `min_rounds` rounds if those take
-    longer. What fails is listed under "failures" and stops nothing else. The result replaces an older
-    one of the same settings. Raises InputError for an unknown runtime or variant or a size below 1.
+    Lengths default to the budget's. The result replaces an older one of the same settings. Raises InputError
+    for an unknown runtime or model.
     """
-    seqs = [int(bundle.manifest.budget["seq_len"])] if seqs is None else list(seqs)
-    _check(runtimes, variants, [*batches, *seqs])
-    threads = default_threads() if threads is None else threads
-    result: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "created": datetime.now(UTC).isoformat(),
-        "settings": {
-            "runtimes": list(runtimes),
-            "batches": list(batches),
-            "seqs": seqs,
-            "variants": list(variants),
-            "threads": threads,
-            "max_seconds_per_cell": max_seconds_per_cell,
-            "min_rounds": min_rounds,
-        },
-        "machine": describe_machine(threads),
-        "measurements": [],
-        "failures": [],
-    }
-    for runtime, batch, seq in product(runtimes, batches, seqs):
-        cell = {"runtime": runtime, "batch": batch, "seq": seq, "threads": threads}
-        root = str(bundle.root.resolve())
-        models = {variant: {"root": root, "variant": variant} for variant in variants}
-        if progress:
-            progress(f"latency {runtime} {batch}x{seq}")
-        limits = {"max_seconds": max_seconds_per_cell, "min_rounds": min_rounds}
-        try:
-            timed = run_isolated(f"{_CELLS}:time_cell", {**cell, "models": models, **limits})
-        except WorkerError as error:
-            result["failures"].append({**cell, "variant": None, "stage": "latency", **_reason(error)})
-            continue
-        for variant, failure in timed["failures"].items():
-            result["failures"].append({**cell, "variant": variant, "stage": "latency", **failure})
-        for variant in timed["samples"]:
-            measurement = {**cell, "variant": variant, **_latency(timed["samples"], variant)}
-            if progress:
-                progress(f"memory {runtime} {batch}x{seq} {variant}")
-            try:
-                measurement |= run_isolated(f"{_CELLS}:memory_cell", {**cell, "root": root, "variant": variant})
-            except WorkerError as error:
-                measurement |= {"peak_rss_bytes": None, "baseline_rss_bytes": None}
-                result["failures"].append({**cell, "variant": variant, "stage": "memory", **_reason(error)})
-            result["measurements"].append(measurement)
-    _store(bundle, result)
+    settings = _at_length(settings or BenchSettings(), bundle)
+    subjects = bundle_subjects(bundle, settings.models or (*VARIANTS, *_lower_precisions(bundle)))
+    result, samples = bench(subjects, settings, progress, leave_out=None if settings.models else _not_there)
+    _store(bundle, result, samples)
     return result
 
 
-def _check(runtimes: Sequence[str], variants: Sequence[str], sizes: Sequence[int]) -> None:
-    for runtime in runtimes:
-        if runtime not in available_runtimes():
-            there = ", ".join(sorted(available_runtimes()))
-            raise InputError(f"No runtime '{runtime}'.", hint=f"There are: {there}.")
-    for variant in variants:
-        if variant not in VARIANTS:
-            raise InputError(f"No variant '{variant}'.", hint=f"There are: {', '.join(VARIANTS)}.")
-    if wrong := [size for size in sizes if size < 1]:
-        raise InputError(f"A batch or length of {wrong[0]} cannot be measured.", hint="Give 1 or more.")
+def bench_paths(
+    paths: Sequence[Path], settings: BenchSettings, progress: Progress = lambda share: None
+) -> dict[str, Any]:
+    """Measure several bundles, or any ONNX files, against the first of them.
+
+    The length is that of the first bundle's budget, or 128. Raises InputError for bundles and files together.
+    """
+    files = [path for path in paths if path.suffix == ".onnx"]
+    if files and len(files) < len(paths):
+        raise InputError("Bundles and ONNX files cannot be compared.", hint="Name the ONNX files inside the bundles.")
+    names = distinct_names([str(path) for path in paths])
+    if files:
+        if settings.models:
+            raise InputError("An ONNX file has no variants.", hint="Leave --models out.")
+        if not settings.seqs:
+            settings = settings.model_copy(update={"seqs": (FILE_LENGTH,)})
+        if settings.runtimes == BenchSettings().runtimes:
+            settings = settings.model_copy(update={"runtimes": ("ort-cpu",)})
+        subjects = [file_subject(name, path) for name, path in zip(names, files, strict=True)]
+    else:
+        bundles = [Bundle.open(path) for path in paths]
+        settings = _at_length(settings, bundles[0])
+        models = settings.models or ("sliced",)
+        subjects = [s for b, name in zip(bundles, names, strict=True) for s in bundle_subjects(b, models, f"{name}/")]
+    return bench(subjects, settings, progress)[0]
 
 
-def _latency(samples: dict[str, dict[str, Any]], variant: str) -> dict[str, Any]:
-    """Return the summary of one variant's samples and its ratio to the dense ones of the same rounds."""
-    own, dense = samples[variant], samples.get("dense")
+def _at_length(settings: BenchSettings, bundle: Bundle) -> BenchSettings:
+    if settings.seqs:
+        return settings
+    return settings.model_copy(update={"seqs": (int(bundle.manifest.budget["seq_len"]),)})
 
-    def ratio(clock: str) -> dict[str, float] | None:
-        if dense is None or summarise_ms(dense[clock])["median"] == 0:  # a clock too coarse for this model
-            return None
-        return ratio_of_medians(own[clock], dense[clock]).to_dict()
 
+def _lower_precisions(bundle: Bundle) -> list[str]:
+    """Return the sliced model in every lower precision that the bundle has a file of."""
+    found = {a.precision for a in bundle.manifest.artifacts if a.variant == "sliced" and a.shape is None}
+    return [f"sliced:{precision}" for precision in PRECISIONS if precision in found and precision != "fp32"]
+
+
+def _not_there(subject: Subject, runtime: str) -> bool:
+    """Say whether a runtime has no file of a lower precision (in fp32 that is a failure, to be shown)."""
+    if subject.precision in (None, "fp32"):
+        return False
+    try:
+        subject.open(runtime, None)
+    except InputError:
+        return True
+    return False
+
+
+def bench(
+    subjects: Sequence[Subject],
+    settings: BenchSettings,
+    progress: Progress = lambda share: None,
+    leave_out: Callable[[Subject, str], bool] | None = None,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Measure models in every cell of the matrix; return the result and the raw samples by name.
+
+    The baseline of all ratios is the model named "dense", or the first. The turns of a cell take
+    `settings.seconds`, or `min_rounds` rounds if those take longer. What fails is listed under "failures" and
+    stops nothing else; `leave_out` says of a model and a runtime that nobody asked for the two together. Raises
+    InputError for an unknown runtime, or two models of one name.
+    """
+    _check(subjects, settings)
+    names = [s.name for s in subjects]
+    baseline = BASELINE if BASELINE in names else names[0]
+    threads = settings.threads or (default_threads(),)
+    result: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.now(UTC).isoformat(),
+        "settings": settings.model_dump(mode="json") | {"threads": list(threads), "models": names},
+        "baseline": baseline,
+        "machine": describe_machine(max(threads)),
+        "measurements": [],
+        "noise": [],
+        "failures": [],
+    }
+    arrays: dict[str, np.ndarray] = {}
+    places = [Place(*cell) for cell in product(settings.runtimes, settings.batches, settings.seqs, threads)]
+    for number, place in enumerate(places):
+        progress(number / len(places))
+        cast = [s for s in subjects if leave_out is None or not leave_out(s, place.runtime)]
+        if settings.control is not False:
+            first = next(s for s in subjects if s.name == baseline)
+            cast.append(replace(first, name=CONTROL))
+        timed = time_subjects(cast, place, settings)
+        where = asdict(place)
+        for name, error in timed.failures.items():
+            if name != CONTROL:
+                result["failures"].append({**where, "model": name, **error.to_dict()})
+        noise = _noise(timed, baseline)
+        result["noise"].append({**where, **noise})
+        for subject in (s for s in subjects if s.name in timed.samples):
+            what = {"model": subject.name, "variant": subject.variant, "precision": subject.precision}
+            line = _measurement(timed, subject.name, baseline, place.batch, noise["floor"])
+            result["measurements"].append({**where, **what, **line})
+        arrays |= _raw(timed, place)
+    return result, arrays
+
+
+def time_subjects(subjects: Sequence[Subject], place: Place, settings: BenchSettings) -> Timed:
+    """Open each model in a process of its own and run them in turns."""
+    timed = Timed({}, {}, {})
+    with ExitStack() as stack:
+        workers = {}
+        for subject in subjects:  # all start at once
+            arguments = {"subject": subject.to_dict(), **asdict(place)}
+            workers[subject.name] = stack.enter_context(Worker(_CELL, arguments))
+        for name in list(workers):
+            try:
+                timed.described[name] = workers[name].call("describe")
+            except WorkerError as error:
+                timed.failures[name] = error
+                workers.pop(name).close()
+        while workers:
+            turns = {name: _Turns(name, worker) for name, worker in workers.items()}
+            try:
+                timed.samples = take_turns(
+                    turns,
+                    min_rounds=settings.min_rounds,
+                    max_seconds=settings.seconds,
+                    warmup_seconds=settings.warmup_seconds,
+                )
+                break
+            except _TurnError as failed:  # this model alone has failed; the others begin anew
+                timed.failures[failed.name] = failed.error
+                workers.pop(failed.name).close()
+        for name, turn in (turns if workers else {}).items():
+            timed.described[name] |= turn.joules()
+    return timed
+
+
+class _TurnError(Exception):
+    def __init__(self, name: str, error: WorkerError) -> None:
+        super().__init__(name)
+        self.name, self.error = name, error
+
+
+class _Turns:
+    """Take a worker's turns, and add up the energy that they used."""
+
+    def __init__(self, name: str, worker: Worker) -> None:
+        self.name, self.worker = name, worker
+        self.runs = 0
+        self.energy: dict[str, float | None] = {"cpu_joules": 0.0, "gpu_joules": 0.0}
+
+    def __call__(self, runs: int) -> tuple[list[int], list[int]]:
+        try:
+            answer = self.worker.call("run", runs=runs)
+        except WorkerError as error:
+            raise _TurnError(self.name, error) from error
+        self.runs += runs
+        for sensor, total in self.energy.items():
+            found = answer[sensor]
+            self.energy[sensor] = None if total is None or found is None else total + found
+        return answer["wall_ns"], answer["cpu_ns"]
+
+    def joules(self) -> dict[str, float | None]:
+        """Return the joules per run, warm-up included; None where no sensor can be read."""
+        return {
+            f"{sensor}_per_run": None if total is None else total / self.runs for sensor, total in self.energy.items()
+        }
+
+
+def _noise(timed: Timed, baseline: str) -> dict[str, Any]:
+    """Return the ratio of the baseline to itself in a second process, and how far from 1 it may be by chance."""
+    if not {CONTROL, baseline} <= set(timed.samples):
+        return {"ratio": None, "cpu_ratio": None, "floor": None}
+    wall, cpu = (_ratio(timed, CONTROL, baseline, clock) for clock in ("wall", "cpu"))
+    return {"ratio": wall, "cpu_ratio": cpu, "floor": None if wall is None else noise_floor(wall)}
+
+
+def _measurement(timed: Timed, name: str, baseline: str, batch: int, floor: float | None) -> dict[str, Any]:
+    own = timed.samples[name]
+    latency = summarise_ms(own.flat())
+    known = baseline in timed.samples
+    ratio = _ratio(timed, name, baseline, "wall") if known else None
     return {
-        "provider": own["provider"],
-        "samples": len(own["wall_ns"]),
-        "latency_ms": summarise_ms(own["wall_ns"]),
-        "cpu_ms": summarise_ms(own["cpu_ns"]),
-        "ratio_to_dense": ratio("wall_ns"),
-        "cpu_ratio_to_dense": ratio("cpu_ns"),
+        "rounds": len(own.wall_ns),
+        "runs": len(own.flat()),
+        "latency_ms": latency,
+        "cpu_ms": summarise_ms(own.flat("cpu")),
+        "rows_per_second": 1000 * batch / latency["mean"],
+        "ratio": ratio,
+        "cpu_ratio": _ratio(timed, name, baseline, "cpu") if known else None,
+        "difference": None if ratio is None or name == baseline else tell_difference(ratio, floor),
+        **timed.described[name],
     }
 
 
-def _reason(error: WorkerError) -> dict[str, str]:
-    return {"kind": error.kind, "reason": error.message, "traceback": error.traceback}
+def _ratio(timed: Timed, name: str, baseline: str, clock: str) -> dict[str, float] | None:
+    own, base = timed.samples[name].rounds(clock), timed.samples[baseline].rounds(clock)
+    if np.median(base) == 0:  # a clock too coarse for this model
+        return None
+    return ratio_of_medians(own, base).to_dict()
 
 
-def _store(bundle: Bundle, result: dict[str, Any]) -> None:
-    """Add the result to the bundle in place of an older one of the same settings."""
+def _raw(timed: Timed, place: Place) -> Iterator[tuple[str, np.ndarray]]:
+    """Name the samples of a cell: wall and processor ns of every run, and the round of each."""
+    for name, samples in timed.samples.items():
+        stem = f"{place.runtime}/{place.batch}x{place.seq}/t{place.threads}/{name}"
+        lengths = [len(turn) for turn in samples.wall_ns]
+        yield f"{stem}/wall_ns", np.array(samples.flat(), np.int64)
+        yield f"{stem}/cpu_ns", np.array(samples.flat("cpu"), np.int64)
+        yield f"{stem}/round", np.repeat(np.arange(len(lengths)), lengths).astype(np.int32)
+
+
+def _check(subjects: Sequence[Subject], settings: BenchSettings) -> None:
+    there = available_runtimes() if all(s.variant for s in subjects) else onnx_runtimes()
+    for runtime in settings.runtimes:
+        if runtime not in there:
+            raise InputError(f"No runtime '{runtime}'.", hint=f"There are: {', '.join(sorted(there))}.")
+    names = [s.name for s in subjects]
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise InputError(f"Two models are called '{twice[0]}'.", hint="Name each once.")
+    if not settings.seqs:
+        raise InputError("No sequence length to measure at.", hint="Give --seq.")
+
+
+def _store(bundle: Bundle, result: dict[str, Any], samples: dict[str, np.ndarray]) -> None:
+    """Add the result and its samples to the bundle in place of older ones of the same settings."""
     s = result["settings"]
-    shapes = f"b{'+'.join(map(str, s['batches']))}-s{'+'.join(map(str, s['seqs']))}"
-    stem = re.sub(r"[^\w+.-]", "_", f"{'+'.join(s['runtimes'])}-{shapes}-t{s['threads']}-{'+'.join(s['variants'])}")
-    older = [n for n in bundle.manifest.files if re.fullmatch(rf"bench/{re.escape(stem)}-[0-9a-f]{{12}}\.json", n)]
+    parts = [s["runtimes"], s["batches"], s["seqs"], s["threads"], s["models"]]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
+    stem = re.sub(r"[^\w+.-]", "_", f"{'+'.join(s['runtimes'])[:80]}-{digest}")
+    older = [n for n in bundle.manifest.files if re.fullmatch(rf"bench/{re.escape(stem)}-[0-9a-f]{{12}}\.\w+", n)]
     with disk_errors(bundle.root), tempfile.TemporaryDirectory(prefix=".bench-", dir=bundle.root) as folder:
-        path = Path(folder) / "result.json"
+        raw, path = Path(folder) / "samples.npz", Path(folder) / "result.json"
+        np.savez_compressed(raw, allow_pickle=False, **samples)
+        result["samples"] = bundle.add_file(raw, "bench", stem)
         path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-        added = bundle.add_file(path, "bench", stem)
+        added = {bundle.add_file(path, "bench", stem), result["samples"]}
     for name in older:
-        if name != added:
+        if name not in added:
             del bundle.manifest.files[name]
 
 
 def latest_bench(bundle: Bundle) -> dict[str, Any]:
-    """Return the newest measurement of each runtime, variant and shape: {"machine", "measurements", "failures"}.
+    """Return the newest measurement of each model in each cell: {"machine", "measurements", "noise", "failures"}.
 
-    Newest first; the machine is that of the newest result, {} when nothing was measured.
+    Newest first; the machine is that of the newest result, {} when nothing was measured. Results of an older
+    schema are left out.
     """
     names = [n for n in bundle.manifest.files if n.startswith("bench/") and n.endswith(".json")]
     results = [json.loads(bundle.path(name).read_text("utf-8")) for name in names]
+    results = [r for r in results if r.get("schema_version") == SCHEMA_VERSION]
     results.sort(key=lambda r: r["created"], reverse=True)
     merged: dict[tuple[Any, ...], dict[str, Any]] = {}
+    noise: dict[tuple[Any, ...], dict[str, Any]] = {}
     failures: list[dict[str, Any]] = []
     for result in results:
         newer = {key[:4] for key in merged} | {_cell(f) for f in failures}
         failures += [f for f in result["failures"] if _cell(f) not in newer]
         for m in result["measurements"]:
-            merged.setdefault((*_cell(m), m["variant"]), m)
+            merged.setdefault((*_cell(m), m["model"]), m)
+        for n in result["noise"]:
+            noise.setdefault(_cell(n), n)
     machine = results[0]["machine"] if results else {}
-    return {"machine": machine, "measurements": list(merged.values()), "failures": failures}
+    return {
+        "machine": machine,
+        "measurements": list(merged.values()),
+        "noise": list(noise.values()),
+        "failures": failures,
+    }
 
 
 def _cell(entry: dict[str, Any]) -> tuple[Any, ...]:

@@ -36,7 +36,7 @@ def summary_rows(bundle: Bundle) -> list[dict[str, Any]]:
                 "variant": variant,
                 **{key: counts.get(key) for key in ("flops", "encoder_flops", "params", "weight_bytes")},
                 "keep_flops": encoder / dense_flops if encoder is not None and dense_flops else None,
-                "runtimes": [_speed(m) for m in _first_cells(measured) if m["variant"] == variant],
+                "runtimes": [_speed(m) for m in _first_cells(measured) if m["model"] == variant],
                 **{key: quality.get(key) for key in ("metric", "value", "n")},
                 **{key: fidelity.get(key) for key in ("agreement", "kl", "rmse", "cosine")},
             }
@@ -57,8 +57,9 @@ def _speed(m: dict[str, Any]) -> dict[str, Any]:
         **{key: m[key] for key in ("runtime", "provider", "batch", "seq", "threads")},
         "median_ms": m["latency_ms"]["median"],
         "p95_ms": m["latency_ms"]["p95"],
-        "ratio": m["ratio_to_dense"],
-        "cpu_ratio": m["cpu_ratio_to_dense"],
+        "ratio": m["ratio"],
+        "cpu_ratio": m["cpu_ratio"],
+        "difference": m["difference"],
         "peak_rss_bytes": m["peak_rss_bytes"],
     }
 
@@ -136,9 +137,9 @@ def headline(bundle: Bundle, rows: list[dict[str, Any]]) -> str:
         ratio = speed["ratio"]
         where = f"On {speed['runtime']} at batch {speed['batch']} and {speed['seq']} tokens"
         interval = f"95% interval {ratio['low']:.2f} to {ratio['high']:.2f}"
-        if ratio["high"] < 1:
+        if speed["difference"] == "faster":
             said.append(f"{where} it takes {ratio['value']:.2f} times as long as the dense one ({interval}).")
-        elif ratio["low"] > 1:
+        elif speed["difference"] == "slower":
             said.append(f"{where} it is slower: {ratio['value']:.2f} times the dense one's time ({interval}).")
         else:
             said.append(f"{where} no difference in speed from the dense one was found ({interval}).")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ..errors import InputError, MissingExtraError
 
+Difference = Literal["faster", "slower", "none"]
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 
@@ -26,17 +27,19 @@ class Ratio:
         return asdict(self)
 
 
-def summarise_ms(samples_ns: Sequence[int]) -> dict[str, float]:
-    """Return median, mean, p05, p95, min and max of nanosecond samples, in milliseconds."""
+def summarise_ms(samples_ns: Sequence[float]) -> dict[str, float]:
+    """Return median, mean, p05, p90, p95, p99, min and max of nanosecond samples, in milliseconds."""
     if not samples_ns:
         raise InputError("No samples to summarise.", hint="Give the measurement more time.")
     ms = np.asarray(samples_ns, dtype=np.float64) / 1e6
-    low, median, high = np.percentile(ms, [5, 50, 95])
+    p05, median, p90, p95, p99 = (float(p) for p in np.percentile(ms, [5, 50, 90, 95, 99]))
     return {
-        "median": float(median),
+        "median": median,
         "mean": float(ms.mean()),
-        "p05": float(low),
-        "p95": float(high),
+        "p05": p05,
+        "p90": p90,
+        "p95": p95,
+        "p99": p99,
         "min": float(ms.min()),
         "max": float(ms.max()),
     }
@@ -71,3 +74,17 @@ def ratio_of_medians(numerator: Sequence[float], denominator: Sequence[float], *
     )
     interval = result.confidence_interval
     return Ratio(float(statistic(*pair)), float(interval.low), float(interval.high))
+
+
+def noise_floor(control: Mapping[str, float]) -> float:
+    """Return how far from 1 the ratio of a model to itself, in another process, may lie: its interval's farther end."""
+    return max(control["high"] - 1.0, 1.0 - control["low"], 0.0)
+
+
+def tell_difference(ratio: Mapping[str, float], floor: float | None) -> Difference:
+    """Say whether a ratio shows a difference: its whole interval lies beyond the noise floor (None: 0)."""
+    if ratio["high"] < 1.0 - (floor or 0.0):
+        return "faster"
+    if ratio["low"] > 1.0 + (floor or 0.0):
+        return "slower"
+    return "none"

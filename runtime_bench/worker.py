@@ -1,4 +1,4 @@
-"""The fresh process of `run_isolated`: read a request from stdin, write the reply to the file it names."""
+"""The other side of `isolate.Worker`: make an object, then answer calls, a line of JSON each, until stdin closes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ from typing import Any
 
 
 def main() -> None:
-    """Call the requested function and write its result or its error as JSON."""
-    request = json.loads(sys.stdin.read())
-    module, name = request["function"].split(":")
-    answer: dict[str, Any]
-    try:
-        answer = {"result": getattr(importlib.import_module(module), name)(**request["arguments"])}
-        text = json.dumps(answer)
-    except Exception as error:  # whatever it is, the parent reports it
-        message = getattr(error, "message", None) or str(error) or type(error).__name__
-        details = {"kind": type(error).__name__, "message": message, "traceback": traceback.format_exc()}
-        text = json.dumps({"error": details})
-    temporary = request["reply"] + ".tmp"
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(temporary, request["reply"])
+    """Serve one object. What libraries print goes to stderr: stdout carries the answers alone."""
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        os.dup2(2, 1)
+        held: Any = None
+        for line in sys.stdin:
+            request = json.loads(line)
+            try:
+                if "factory" in request:
+                    module, name = request["factory"].split(":")
+                    held = getattr(importlib.import_module(module), name)(**request["arguments"])
+                    text = json.dumps({"result": None})
+                else:
+                    result = getattr(held, request["method"])(**request["arguments"])
+                    text = json.dumps({"result": result})
+            except Exception as error:  # whatever it is, the parent reports it
+                message = getattr(error, "message", None) or str(error) or type(error).__name__
+                details = {"kind": type(error).__name__, "message": message, "traceback": traceback.format_exc()}
+                text = json.dumps({"error": details})
+            answers.write(text + "\n")
+            answers.flush()
 
 
 if __name__ == "__main__":

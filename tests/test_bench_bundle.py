@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from bundles_tiny import exported_bundle
 
 from deploy_prune.bundle import VARIANTS, Bundle
+from deploy_prune.config import BenchSettings, load_settings
 from deploy_prune.errors import InputError
-from deploy_prune.runtime_bench.bench import bench_bundle, latest_bench
-from deploy_prune.runtime_bench.cells import make_feeds
-from deploy_prune.runtimes import open_runner
+from deploy_prune.export import export_bundle
+from deploy_prune.runtime_bench.bench import bench_bundle, bench_paths, latest_bench
+from deploy_prune.runtime_bench.subjects import bundle_feeds, distinct_names, file_feeds, file_subject
+from deploy_prune.runtimes import open_onnx, open_runner
 
-QUICK = {"max_seconds_per_cell": 0.1, "min_rounds": 5, "threads": 1}
+QUICK: dict[str, Any] = {"seconds": 0.1, "min_rounds": 5, "warmup_seconds": 0.1, "threads": (1,)}
 
 
 @pytest.fixture
@@ -27,61 +32,197 @@ def bench_files(bundle: Bundle) -> list[str]:
     return [name for name in bundle.manifest.files if name.startswith("bench/")]
 
 
+def quick(bundle: Bundle, **settings: Any) -> dict[str, Any]:
+    return bench_bundle(bundle, BenchSettings(**(QUICK | settings)))
+
+
 def test_both_runtimes_measure_every_variant(bundle: Bundle) -> None:
-    said: list[str] = []
-    result = bench_bundle(bundle, progress=said.append, **QUICK)  # type: ignore[arg-type]
+    result = quick(bundle)
     bundle.commit()
     assert result["failures"] == []
-    keys = [(m["runtime"], m["variant"], m["batch"], m["seq"]) for m in result["measurements"]]
+    keys = [(m["runtime"], m["model"], m["batch"], m["seq"]) for m in result["measurements"]]
     assert keys == [(r, v, 1, 12) for r in ("ort-cpu", "torch") for v in VARIANTS]
     for m in result["measurements"]:
-        assert 0 < m["latency_ms"]["min"] <= m["latency_ms"]["median"] <= m["latency_ms"]["p95"]
-        assert m["ratio_to_dense"]["low"] <= m["ratio_to_dense"]["value"] <= m["ratio_to_dense"]["high"]
-        assert m["samples"] >= 5
-        assert m["peak_rss_bytes"] > m["baseline_rss_bytes"] > 0
+        ms = m["latency_ms"]
+        assert 0 < ms["min"] <= ms["median"] <= ms["p90"] <= ms["p95"] <= ms["p99"] <= ms["max"]
+        assert m["ratio"]["low"] <= m["ratio"]["value"] <= m["ratio"]["high"]
+        assert m["runs"] >= m["rounds"] >= 5
+        assert m["rows_per_second"] == pytest.approx(1000 / ms["mean"])
+        assert m["peak_rss_bytes"] >= m["baseline_rss_bytes"] + m["resident_bytes"] > m["baseline_rss_bytes"] > 0
+        assert m["difference"] in ((None,) if m["model"] == "dense" else ("faster", "slower", "none"))
     dense = result["measurements"][0]
-    assert dense["ratio_to_dense"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert dense["ratio"] == {"value": 1.0, "low": 1.0, "high": 1.0}
     assert dense["provider"] == "CPUExecutionProvider"
+    for noise in result["noise"]:
+        assert noise["floor"] == max(noise["ratio"]["high"] - 1, 1 - noise["ratio"]["low"], 0)
     assert result["machine"]["threads"] == 1
     assert {"numpy", "onnxruntime", "torch"} <= set(result["machine"]["versions"])
-    assert said[0] == "latency ort-cpu 1x12"
-    (name,) = bench_files(bundle)
+    raw, name = sorted(bench_files(bundle), key=lambda n: n.endswith("json"))
     assert json.loads(bundle.path(name).read_text()) == result
+    assert result["samples"] == raw
+    with np.load(bundle.path(raw), allow_pickle=False) as samples:
+        wall, rounds = samples["ort-cpu/1x12/t1/sliced/wall_ns"], samples["ort-cpu/1x12/t1/sliced/round"]
+        assert len(wall) == len(rounds) == result["measurements"][2]["runs"]
+        assert np.median(wall) / 1e6 == result["measurements"][2]["latency_ms"]["median"]
+        assert rounds[0] == 0
+        assert rounds[-1] + 1 == result["measurements"][2]["rounds"]
+        assert "ort-cpu/1x12/t1/control/cpu_ns" in samples
     Bundle.open(bundle.root)
 
 
+def test_every_cell_of_the_matrix_is_measured(bundle: Bundle) -> None:
+    shapes = {"batches": (1, 3), "seqs": (4, 9), "threads": (1, 2)}
+    result = quick(bundle, runtimes=("ort-cpu",), models=("sliced", "virtual"), control=False, **shapes)
+    cells = [(m["batch"], m["seq"], m["threads"], m["model"]) for m in result["measurements"]]
+    assert cells == [(b, s, t, m) for b in (1, 3) for s in (4, 9) for t in (1, 2) for m in ("sliced", "virtual")]
+    assert result["baseline"] == "sliced"  # no dense one: the first
+    assert {n["floor"] for n in result["noise"]} == {None}
+
+
+def test_lower_precisions_are_measured_where_there_are_files(bundle: Bundle) -> None:
+    export_bundle(bundle, precisions=["int8"], variants=["sliced"]).check()
+    bundle.commit()
+    result = quick(bundle)
+    assert result["failures"] == []  # nobody asked for int8 in torch
+    measured = {(m["runtime"], m["model"]) for m in result["measurements"]}
+    assert measured == {(r, v) for r in ("ort-cpu", "torch") for v in VARIANTS} | {("ort-cpu", "sliced:int8")}
+    asked = quick(bundle, models=("sliced:int8", "dense:fp16"))
+    assert [m["runtime"] for m in asked["measurements"]] == ["ort-cpu"]
+    said = [(f["runtime"], f["model"]) for f in asked["failures"]]
+    assert said == [("ort-cpu", "dense:fp16"), ("torch", "sliced:int8"), ("torch", "dense:fp16")]
+    assert "--precision fp16" in asked["failures"][0]["traceback"] or "no fp16 onnx" in asked["failures"][0]["reason"]
+
+
 def test_the_same_settings_replace_and_others_are_merged(bundle: Bundle) -> None:
-    def run(seq: int) -> dict:  # type: ignore[type-arg]
-        return bench_bundle(bundle, runtimes=["ort-cpu"], seqs=[seq], variants=["sliced"], **QUICK)  # type: ignore[arg-type]
+    def run(seq: int) -> dict[str, Any]:
+        return quick(bundle, runtimes=("ort-cpu",), seqs=(seq,), models=("sliced",))
 
     run(4), run(9)
     last = run(4)
     bundle.commit()
-    assert len(bench_files(bundle)) == 2
-    assert len(list((bundle.root / "bench").iterdir())) == 2
+    assert len(bench_files(bundle)) == 4
+    assert len(list((bundle.root / "bench").iterdir())) == 4
     merged = latest_bench(bundle)
     assert [m["seq"] for m in merged["measurements"]] == [4, 9]
     assert merged["measurements"][0] == last["measurements"][0]
-    assert last["measurements"][0]["ratio_to_dense"] is None  # nothing dense in that session
     assert merged["machine"] == last["machine"]
+    assert [n["seq"] for n in merged["noise"]] == [4, 9]
 
 
 def test_a_failing_variant_does_not_stop_the_others(bundle: Bundle) -> None:
     broken = next(a for a in bundle.manifest.artifacts if a.variant == "virtual")
     bundle.path(broken.path).write_bytes(b"nonsense")
-    result = bench_bundle(bundle, runtimes=["ort-cpu"], **QUICK)  # type: ignore[arg-type]
-    assert [m["variant"] for m in result["measurements"]] == ["dense", "sliced"]
+    result = quick(bundle, runtimes=("ort-cpu",))
+    assert [m["model"] for m in result["measurements"]] == ["dense", "sliced"]
     (failure,) = result["failures"]
-    assert (failure["runtime"], failure["variant"], failure["stage"]) == ("ort-cpu", "virtual", "latency")
+    assert (failure["runtime"], failure["model"]) == ("ort-cpu", "virtual")
     assert "cannot load" in failure["reason"]
     assert "Traceback" in failure["traceback"]
     assert latest_bench(bundle)["failures"] == [failure]
 
 
+def test_a_failing_baseline_leaves_the_latencies_of_the_others(bundle: Bundle) -> None:
+    broken = next(a for a in bundle.manifest.artifacts if a.variant == "dense")
+    bundle.path(broken.path).write_bytes(b"nonsense")
+    result = quick(bundle, runtimes=("ort-cpu",))
+    assert [(m["model"], m["ratio"], m["difference"]) for m in result["measurements"]] == [
+        ("virtual", None, None),
+        ("sliced", None, None),
+    ]
+    assert [f["model"] for f in result["failures"]] == ["dense"]  # the control is not listed beside it
+
+
 def test_a_length_without_positions_is_a_failure_with_its_reason(bundle: Bundle) -> None:
-    result = bench_bundle(bundle, runtimes=["ort-cpu"], seqs=[67, 8], variants=["dense"], **QUICK)  # type: ignore[arg-type]
+    result = quick(bundle, runtimes=("ort-cpu",), seqs=(67, 8), models=("dense",))
     assert [m["seq"] for m in result["measurements"]] == [8]
     assert [f["reason"] for f in result["failures"]] == ["The model has 66 positions, not 67."]
+
+
+def test_bundles_are_compared_with_the_first(bundle: Bundle, tmp_path: Path) -> None:
+    other = tmp_path / "other" / bundle.root.name
+    shutil.copytree(bundle.root, other)
+    result = bench_paths([bundle.root, other], BenchSettings(**QUICK, runtimes=("ort-cpu",)))
+    names = [f"{path.parent.name}/{path.name}/sliced" for path in (bundle.root, other)]
+    assert [m["model"] for m in result["measurements"]] == names
+    assert result["baseline"] == names[0]
+    assert result["measurements"][1]["ratio"] is not None
+    assert {m["seq"] for m in result["measurements"]} == {12}  # the budget's
+    assert bench_files(bundle) == []
+
+
+def test_any_onnx_files_are_compared(tmp_path: Path) -> None:
+    """Files that this project did not make: float inputs, and a table that token ids look up in."""
+    from onnx import TensorProto, helper, numpy_helper, save_model
+
+    paths = []
+    for rows in (7, 11):
+        table = numpy_helper.from_array(np.ones((rows, 4), np.float32), "table")
+        nodes = [
+            helper.make_node("Gather", ["table", "input_ids"], ["looked"]),
+            helper.make_node("Add", ["looked", "scale"], ["out"]),
+        ]
+        inputs = [
+            helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["n", "t"]),
+            helper.make_tensor_value_info("scale", TensorProto.FLOAT, [4]),
+        ]
+        outputs = [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["n", "t", 4])]
+        graph = helper.make_graph(nodes, "foreign", inputs, outputs, [table])
+        path = tmp_path / f"rows{rows}.onnx"
+        save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+        paths.append(path)
+    result = bench_paths(paths, BenchSettings(**QUICK))
+    assert result["failures"] == []
+    assert [(m["runtime"], m["model"], m["seq"]) for m in result["measurements"]] == [
+        ("ort-cpu", "rows7", 128),
+        ("ort-cpu", "rows11", 128),
+    ]
+    subject = file_subject("a", paths[0])
+    assert subject.rows == {"input_ids": 7}
+    with open_onnx(paths[0]) as runner:
+        feeds = file_feeds(subject.rows, runner, 2, 50)
+        assert runner.infer(feeds)["out"].shape == (2, 50, 4)
+    assert feeds["input_ids"].max() == 6
+    assert feeds["scale"].std() > 0
+
+
+def test_bad_settings_are_refused_before_anything_runs(bundle: Bundle, tmp_path: Path) -> None:
+    for options, words in (
+        ({"runtimes": ("tvm",)}, "No runtime 'tvm'"),
+        ({"models": ("half",)}, "No variant 'half'"),
+        ({"models": ("sliced:int4",)}, "No precision 'int4'"),
+        ({"models": ("sliced", "sliced")}, "Two models are called 'sliced'"),
+    ):
+        with pytest.raises(InputError, match=words):
+            quick(bundle, **options)
+    assert bench_files(bundle) == []
+    onnx = bundle.path(bundle.manifest.artifacts[0].path)
+    (tmp_path / "text.onnx").write_text("no model")
+    for paths, settings, words in (
+        ([bundle.root, onnx], {}, "cannot be compared"),
+        ([onnx, onnx], {}, "named twice"),
+        ([onnx], {"models": ("sliced",)}, "has no variants"),
+        ([onnx], {"runtimes": ("torch",)}, "No runtime 'torch'"),
+        ([tmp_path / "none.onnx"], {}, "No ONNX file at"),
+        ([tmp_path / "text.onnx"], {}, "is no ONNX file"),
+    ):
+        with pytest.raises(InputError, match=words):
+            bench_paths(paths, BenchSettings(**(QUICK | settings)))
+    for key, value in (("batches", "0"), ("seqs", "-1"), ("runtimes", ""), ("min_rounds", 1)):
+        with pytest.raises(InputError, match=key):
+            load_settings(BenchSettings, None, "bench", **{key: [value] if isinstance(value, str) and value else value})
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["/a/x.onnx", "/a/y.onnx"], ["x", "y"]),
+        (["/a/x.onnx", "/b/x.onnx"], ["a/x", "b/x"]),
+        (["/a/m.v1", "/a/m.v2"], ["m.v1", "m.v2"]),
+        (["/a/b/c", "/c"], ["b/c", "//c"]),
+    ],
+)
+def test_names_are_as_short_as_they_can_be(paths: list[str], names: list[str]) -> None:
+    assert distinct_names(paths) == names
 
 
 def test_a_runtime_that_dies_is_a_failure(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,30 +240,18 @@ def test_a_runtime_that_dies_is_a_failure(bundle: Bundle, tmp_path: Path, monkey
 
     available_runtimes.cache_clear()
     try:
-        result = bench_bundle(bundle, runtimes=["deadly", "ort-cpu"], variants=["dense"], **QUICK)  # type: ignore[arg-type]
+        result = quick(bundle, runtimes=("deadly", "ort-cpu"), models=("dense",))
     finally:
         available_runtimes.cache_clear()
     assert [m["runtime"] for m in result["measurements"]] == ["ort-cpu"]
     (failure,) = result["failures"]
-    assert (failure["runtime"], failure["variant"], failure["kind"]) == ("deadly", None, "Died")
+    assert (failure["runtime"], failure["model"], failure["kind"]) == ("deadly", "dense", "Died")
     assert "exit code 9" in failure["reason"]
-
-
-def test_bad_settings_are_refused_before_anything_runs(bundle: Bundle) -> None:
-    for options, words in (
-        ({"runtimes": ["tvm"]}, "No runtime 'tvm'"),
-        ({"variants": ["half"]}, "No variant 'half'"),
-        ({"batches": [0]}, "batch or length of 0"),
-        ({"seqs": [-1]}, "batch or length of -1"),
-    ):
-        with pytest.raises(InputError, match=words):
-            bench_bundle(bundle, **options)  # type: ignore[arg-type]
-    assert bench_files(bundle) == []
 
 
 def test_feeds_are_the_same_each_time_and_hold_no_padding(bundle: Bundle) -> None:
     with open_runner(bundle, "ort-cpu", "dense") as runner:
-        first, second = make_feeds(bundle, runner, 3, 50), make_feeds(bundle, runner, 3, 50)
+        first, second = bundle_feeds(bundle, runner, 3, 50), bundle_feeds(bundle, runner, 3, 50)
     assert set(first) == set(runner.input_names)
     assert all((first[n] == second[n]).all() for n in first)
     assert first["input_ids"].shape == (3, 50)

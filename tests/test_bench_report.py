@@ -11,6 +11,7 @@ import pytest
 from bundles_tiny import exported_bundle
 
 from deploy_prune.bundle import Bundle, Stage
+from deploy_prune.runtime_bench.bench import SCHEMA_VERSION
 from deploy_prune.runtime_bench.report import (
     budget_line,
     headline,
@@ -20,6 +21,7 @@ from deploy_prune.runtime_bench.report import (
     summary_rows,
     write_report,
 )
+from deploy_prune.runtime_bench.stats import tell_difference
 
 
 def add_bench(bundle: Bundle, ratio: dict[str, float], *, created: str = "2026-01-01", seq: int = 12) -> None:
@@ -28,18 +30,20 @@ def add_bench(bundle: Bundle, ratio: dict[str, float], *, created: str = "2026-0
     measurements = [
         {
             **cell,
-            "variant": variant,
+            "model": variant,
             "latency_ms": {"median": ms, "p95": 1.1 * ms},
-            "ratio_to_dense": r,
-            "cpu_ratio_to_dense": {"value": 0.77, "low": 0.76, "high": 0.78} if variant == "sliced" else r,
+            "ratio": r,
+            "cpu_ratio": {"value": 0.77, "low": 0.76, "high": 0.78} if variant == "sliced" else r,
             "peak_rss_bytes": 123_000_000,
+            "difference": None if variant == "dense" else tell_difference(r, None),
         }
         for variant, (ms, r) in speeds.items()
     ]
-    failure = {**cell, "variant": "virtual", "stage": "latency", "kind": "InputError", "reason": "<broken> file"}
+    failure = {**cell, "model": "virtual", "kind": "InputError", "reason": "<broken> file"}
     machine = {"cpu": "A & B", "usable_cores": 2, "logical_cores": 4, "threads": 2, "load_1min": 0.5}
     machine |= {"memory_bytes": 8e9, "os": "Linux", "python": "3.11", "versions": {"numpy": "2.0"}}
-    result = {"created": created, "machine": machine, "measurements": measurements, "failures": [failure]}
+    result = {"schema_version": SCHEMA_VERSION, "created": created, "machine": machine, "baseline": "dense"}
+    result |= {"measurements": measurements, "noise": [], "failures": [failure]}
     path = bundle.root / "result.json"
     path.write_text(json.dumps(result))
     bundle.add_file(path, "bench", f"ort-s{seq}")

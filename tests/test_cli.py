@@ -247,7 +247,7 @@ def test_parts_follow_each_other(published: Workplace, capsys: pytest.CaptureFix
     assert "parity passed" in capsys.readouterr().out
     assert invoke(["bench", out, "--runtimes", "ort-cpu", "--seconds", "0.1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert {m["variant"] for m in result["measurements"]} == {"dense", "sliced"}
+    assert {m["model"] for m in result["measurements"]} == {"dense", "sliced"}
     assert invoke(["inspect", out]) == 0
     shown = capsys.readouterr().out
     assert "Kept units" in shown

@@ -86,7 +86,7 @@ def test_manifest_holds_the_contract(bundle: Bundle) -> None:
     assert {row["variant"] for row in measured} == set(VARIANTS)
     for row in measured:
         assert row["latency_ms"]["median"] > 0
-        assert row["ratio_to_dense"]["low"] <= row["ratio_to_dense"]["value"] <= row["ratio_to_dense"]["high"]
+        assert row["ratio"]["low"] <= row["ratio"]["value"] <= row["ratio"]["high"]
         assert row["peak_rss_bytes"] > 1e6
 
 

@@ -18,10 +18,11 @@ from ..errors import InputError
 from ..fidelity import fidelity
 from ..heads import Head
 from ..latency_table import LatencyTable, read_latency_table
-from ..measuring import Candidate, Shape, time_models
+from ..measuring import Candidate, time_models
 from ..predict import predict
 from ..progress import Reporter, Silent
 from ..pruner import Pruner
+from ..runtime_bench.bench import Place
 from ..runtime_bench.machine import default_threads, describe_machine
 from ..runtime_bench.stats import Ratio
 from ..slicing import slice_model
@@ -154,7 +155,7 @@ class Lab:
     def side_by_side(self, candidates: Mapping[str, Candidate], seconds: float = 2.0) -> dict[str, tuple[float, Ratio]]:
         """Return the median in ms and the ratio to this lab's dense model of any models."""
         whole = {"dense": self.candidate(self.whole())}
-        return time_models(whole | dict(candidates), self.head, self.shape, seconds)
+        return time_models(whole | dict(candidates), self.head, self.place, seconds)
 
     def candidate(self, model: nn.Module) -> Candidate:
         """Return a sliced model as what can be timed."""
@@ -168,13 +169,13 @@ class Lab:
         return Lab(replace(self.setting, model=self.setting.rival, rival=None, lut=None), self.reporter)
 
     @property
-    def shape(self) -> Shape:
+    def place(self) -> Place:
         """Return where latencies are measured."""
         s = self.setting
         if s.lut is not None:
-            return Shape(self.lut.runtime, self.lut.batch, self.lut.seq, s.threads or self.lut.threads or 1)
+            return Place(self.lut.runtime, self.lut.batch, self.lut.seq, s.threads or self.lut.threads or 1)
         seq = s.seq or int(np.ceil(np.mean([r.length for r in self.pruner(s.seeds[0]).rows])))
-        return Shape(s.runtime, s.batch, seq, s.threads or default_threads())
+        return Place(s.runtime, s.batch, seq, s.threads or default_threads())
 
     def machine(self) -> dict[str, Any]:
         """Describe the machine."""

@@ -76,3 +76,4 @@ def open_openvino(bundle: Bundle, variant: Variant, *, threads: int | None = Non
 
 
 RUNTIMES = {"openvino": open_openvino}
+ONNX_RUNTIMES = {"openvino": OpenVinoRunner}

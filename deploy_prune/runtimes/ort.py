@@ -137,3 +137,8 @@ def open_ort_tensorrt(
 
 
 RUNTIMES = {"ort-cpu": open_ort_cpu, "ort-cuda": open_ort_cuda, "ort-tensorrt": open_ort_tensorrt}
+ONNX_RUNTIMES = {
+    "ort-cpu": lambda path, threads: OrtRunner(path, "cpu", threads, stop_spinning=True),
+    "ort-cuda": lambda path, threads: OrtRunner(path, "cuda", threads),
+    "ort-tensorrt": lambda path, threads: OrtRunner(path, "tensorrt", threads),
+}

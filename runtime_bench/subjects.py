@@ -1,0 +1,127 @@
+"""What is measured: a variant of a bundle in a precision, or any ONNX file; and the inputs that it is fed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle import VARIANTS, Bundle, Variant
+from ..errors import InputError
+from ..runtimes import Runner, open_onnx, open_runner
+
+SEED = 0  # of the token ids
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+_VOCABULARY = 1000  # token ids below this suit a file that does not say how many it knows
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Name a model to measure: `path` is a bundle's folder or, without a variant and precision, an ONNX file."""
+
+    name: str
+    path: str
+    variant: Variant | None = None
+    precision: str | None = None
+    rows: Mapping[str, int] = field(default_factory=dict)  # of a file's tables, by the input that looks up in them
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def open(self, runtime: str, threads: int | None) -> Runner:
+        """Return its runner, not yet open."""
+        if self.variant is None:
+            return open_onnx(self.path, runtime, threads=threads)
+        bundle = Bundle.open(self.path, verify=False)  # the parent has checked the hashes
+        return open_runner(bundle, runtime, self.variant, threads=threads, precision=self.precision or "fp32")
+
+    def feeds(self, runner: Runner, batch: int, seq: int) -> dict[str, np.ndarray]:
+        """Return inputs for its open runner, always the same ones."""
+        if self.variant is None:
+            return file_feeds(self.rows, runner, batch, seq)
+        return bundle_feeds(Bundle.open(self.path, verify=False), runner, batch, seq)
+
+
+def bundle_subjects(bundle: Bundle, models: Sequence[str], prefix: str = "") -> list[Subject]:
+    """Read models as "sliced" or "sliced:int8". Raises InputError for a variant or precision that there is not."""
+    found = []
+    for model in models:
+        variant, _, precision = model.partition(":")
+        if variant not in VARIANTS:
+            raise InputError(f"No variant '{variant}'.", hint=f"There are: {', '.join(VARIANTS)}; sliced:int8 is one.")
+        if precision and precision not in PRECISIONS:
+            raise InputError(f"No precision '{precision}'.", hint=f"There are: {', '.join(PRECISIONS)}.")
+        found.append(Subject(f"{prefix}{model}", str(bundle.root.resolve()), variant, precision or "fp32"))
+    return found
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """Return the last parts of paths, as many as tell them from each other, without ".onnx"."""
+    parts = [Path(path.removesuffix(".onnx")).resolve().parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise InputError("The same path is named twice.", hint="The control in each run compares a model with itself.")
+
+
+def bundle_feeds(bundle: Bundle, runner: Runner, batch: int, seq: int) -> dict[str, np.ndarray]:
+    """Return random token ids (batch, seq) within the vocabulary, without padding, always the same.
+
+    Raises InputError for a length the model has no positions for, or an input unknown here.
+    """
+    config = json.loads(Path(bundle.path("sliced/config.json")).read_text("utf-8"))
+    longest = config.get("max_position_embeddings")
+    if longest is not None and seq > longest:
+        raise InputError(f"The model has {longest} positions, not {seq}.", hint="Bench at a shorter length.")
+    feeds = _token_feeds((batch, seq), config["vocab_size"], config.get("pad_token_id"))
+    if unknown := [name for name in runner.input_names if name not in feeds]:
+        raise InputError(f"The bench does not know how to fill the inputs {', '.join(unknown)}.")
+    return {name: feeds[name] for name in runner.input_names}
+
+
+def file_subject(name: str, path: Path) -> Subject:
+    """Return an ONNX file as a subject. Raises InputError when there is none, or it is none."""
+    import onnx
+
+    if not path.is_file():
+        raise InputError(f"No ONNX file at {path}.")
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception as error:  # protobuf's own
+        raise InputError(f"{path} is no ONNX file: {error}") from error
+    tables = {t.name: int(t.dims[0]) for t in graph.initializer if t.dims}
+    rows = {n.input[1]: tables[n.input[0]] for n in graph.node if n.op_type == "Gather" and n.input[0] in tables}
+    return Subject(name, str(path.resolve()), rows=rows)
+
+
+def file_feeds(rows: Mapping[str, int], runner: Runner, batch: int, seq: int) -> dict[str, np.ndarray]:
+    """Return inputs for an ONNX file that says nothing of its vocabulary.
+
+    A free first axis is the batch, any other free axis the sequence. Inputs named as tokenizers name them hold token
+    ids below the rows of the table that they are looked up in; other integers are 0, floats are normal.
+    """
+    feeds = {}
+    for spec in runner.inputs:
+        shape = tuple(
+            axis if isinstance(axis, int) else batch if place == 0 else seq for place, axis in enumerate(spec.shape)
+        )
+        tokens = _token_feeds(shape, rows.get(spec.name, _VOCABULARY), pad_id=None)
+        if spec.name in tokens:
+            feeds[spec.name] = tokens[spec.name].astype(spec.dtype)
+        elif spec.dtype.kind == "f":
+            feeds[spec.name] = np.random.default_rng(SEED).normal(size=shape).astype(spec.dtype)
+        else:
+            feeds[spec.name] = np.zeros(shape, spec.dtype)
+    return feeds
+
+
+def _token_feeds(shape: tuple[int, ...], vocabulary: int, pad_id: int | None) -> Mapping[str, np.ndarray]:
+    ids = np.random.default_rng(SEED).integers(0, vocabulary, shape, dtype=np.int64)
+    if pad_id is not None:  # some models count positions by it
+        ids[ids == pad_id] = (pad_id + 1) % vocabulary
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
