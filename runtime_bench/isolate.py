@@ -53,7 +53,8 @@ class Worker:
         )
         self._answers: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
-        self._waiting = True  # for the object
+        self._made = False  # whether the object is there
+        self._busy = False  # whether it owes an answer
         self._write({"factory": factory, "arguments": arguments})
 
     @property
@@ -62,9 +63,9 @@ class Worker:
 
     def ready(self) -> None:
         """Wait until the object is made."""
-        if self._waiting:
-            self._waiting = False
+        if not self._made:
             self._read(self.factory)
+            self._made = True
 
     def call(self, method: str, **arguments: Any) -> Any:
         """Call a method of the object and return its JSON-able result."""
@@ -78,7 +79,7 @@ class Worker:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()  # its loop ends
         try:
-            self._process.wait(timeout=0.0 if self._waiting else 5.0)
+            self._process.wait(timeout=0.0 if self._busy else 5.0)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -100,6 +101,7 @@ class Worker:
 
     def _write(self, request: dict[str, Any]) -> None:
         assert self._process.stdin is not None
+        self._busy = True
         with contextlib.suppress(BrokenPipeError):  # it is dead: reading its answer says why
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -112,6 +114,7 @@ class Worker:
             raise WorkerError(f"{what} did not end within {self.timeout_seconds:.0f} s.", kind="TimeoutError") from None
         if not line:
             raise self._died(what)
+        self._busy = False
         answer = json.loads(line)
         if "error" in answer:
             failure = answer["error"]
