@@ -1,7 +1,7 @@
 # One command each, on a machine with Python >= 3.11 and make. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup export test check test-transformers4 bench-prune clean
+.PHONY: help setup export regress test check test-transformers4 bench-prune clean
 
 PYTHON ?= python3
 # The CPU and the CUDA runtimes overwrite each other, so each flavour has an environment of its own.
@@ -23,6 +23,7 @@ flag = $(if $(value $(1)),$(2) $(call quoted,$(1)))
 help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 28
 	@echo "Variables of export: MODEL TASK DATA KEEP SEQ SAMPLES SEED DEVICE FORMATS PRECISION OUT"
+	@echo "Variables of regress: BASE NEW FLAGS"
 	@echo "Variables of all:    GPU=1, PYTHON=python3.12, TORCH_INDEX=URL (where to find another torch wheel)"
 
 setup: $(READY) ## Make the environment and install everything, pinned
@@ -42,6 +43,12 @@ export: $(READY) ## Prune, slice, export and measure MODEL (default: the built-i
 	  $(call flag,KEEP,--keep-flops) $(call flag,SEQ,--seq-len) $(call flag,SAMPLES,--samples) \
 	  $(call flag,SEED,--seed) $(call flag,DEVICE,--device) $(call flag,FORMATS,--formats) \
 	  $(call flag,PRECISION,--precision) $(call flag,OUT,--out)
+
+regress: NEW ?= bundles/demo
+regress: $(READY) ## Check NEW against BASE in this job: latency, and what FLAGS add (docs/gate.md)
+	@$(if $(value BASE),,echo "Name the bundle to compare with: make regress BASE=bundles/old"; exit 2;) \
+	  $(BIN)/deploy-prune gate $(call quoted,NEW) $(call flag,BASE,--base) --junit gate/junit.xml \
+	  --out gate/verdict.json --history gate/history.jsonl --trend gate/trend.svg $(FLAGS)
 
 test: $(READY) ## Run all tests (those on real data only where DEPLOY_PRUNE_DATA is set)
 	$(BIN)/python -m pytest -rs

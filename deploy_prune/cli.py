@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from . import __version__, cli_lab, screen
+from . import __version__, cli_gate, cli_lab, screen
 from .bundle import VARIANTS, Bundle, Variant, disk_errors, locked, write_atomically
 from .config import BenchSettings, ExportSettings, Recipe
 from .errors import DeployPruneError, MissingExtraError, SystemStateError
@@ -30,7 +30,8 @@ BundleArg = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a b
 
 INTERRUPTED = 130
 EXTRA_OF = {
-    "matplotlib": "dev",
+    "matplotlib": "ci",
+    "junitparser": "ci",
     "torch": "cpu",
     "transformers": "cpu",
     "onnx": "cpu",
@@ -218,6 +219,7 @@ def bench(
     screen.print_bench(result)
 
 
+app.add_typer(cli_gate.app)
 app.add_typer(cli_lab.app)
 
 

@@ -77,6 +77,27 @@ class BenchSettings(BaseModel):
         return value
 
 
+class GateSettings(BaseModel):
+    """Say what a release must keep to, and where that is measured."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    base: str | None = _field(None, "Bundle or ONNX file to compare with, run in the same job.")
+    max_slowdown: float = _field(1.05, "Allowed ratio of the new model's time to the base's.", gt=0)
+    max_memory: float | None = _field(None, "Allowed ratio of the new model's peak memory to the base's.", gt=0)
+    max_quality_loss: float | None = _field(None, "Points of quality (0.01) that may be lost.", ge=0)
+    max_latency_ms: float | None = _field(None, "Allowed median latency, whatever the base takes.", gt=0)
+    max_bytes: int | None = _field(None, "Allowed size of the model's file.", gt=0)
+    model: str = _field("sliced", "Which of a bundle's models: dense, sliced, sliced:int8.")
+    runtime: str = _field("ort-cpu", "Runtime to measure in.")
+    batch: int = _field(1, "Batch size.", ge=1)
+    seq: int | None = _field(None, "Sequence length (default: the budget's, or 128).", ge=1)
+    threads: int = _field(1, "Threads; a single one is disturbed least by other work.", ge=1)
+    clock: Literal["auto", "wall", "cpu"] = _field("auto", "auto: the one by which the base agrees best with itself.")
+    max_seconds: float = _field(120.0, "Time limit; what is sure sooner ends sooner.", gt=0)
+    resolution: float = _field(0.03, "Slow-down above the limit that must not go unseen, else it is too noisy.", gt=0)
+
+
 class Recipe(ExportSettings):
     """Describe a run completely; unknown keys are refused."""
 

@@ -276,15 +276,20 @@ def _raw(timed: Timed, place: Place) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _check(subjects: Sequence[Subject], settings: BenchSettings) -> None:
-    there = available_runtimes() if all(s.variant for s in subjects) else onnx_runtimes()
     for runtime in settings.runtimes:
-        if runtime not in there:
-            raise InputError(f"No runtime '{runtime}'.", hint=f"There are: {', '.join(sorted(there))}.")
+        check_runtime(runtime, files=not all(s.variant for s in subjects))
     names = [s.name for s in subjects]
     if twice := [n for n in names if names.count(n) > 1]:
         raise InputError(f"Two models are called '{twice[0]}'.", hint="Name each once.")
     if not settings.seqs:
         raise InputError("No sequence length to measure at.", hint="Give --seq.")
+
+
+def check_runtime(runtime: str, *, files: bool) -> None:
+    """Raise InputError unless there is such a runtime, of those that read any ONNX file if `files`."""
+    there = onnx_runtimes() if files else available_runtimes()
+    if runtime not in there:
+        raise InputError(f"No runtime '{runtime}'.", hint=f"There are: {', '.join(sorted(there))}.")
 
 
 def _store(bundle: Bundle, result: dict[str, Any], samples: dict[str, np.ndarray]) -> None:

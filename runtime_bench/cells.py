@@ -34,11 +34,12 @@ class Cell:
             "activation_bytes": max(peak - loaded, 0) if forgotten else None,
             "peak_rss_bytes": max(peak, peak_of_loading),
             "device_bytes": gpu_memory_bytes(os.getpid()),
+            "file_bytes": self.runner.file_bytes(),
         }
 
     def describe(self) -> dict[str, Any]:
         """Return the provider that computes, and the memory: of the process before the model was opened, what
-        opening it left resident, what running it adds at its peak, the process's peak, and the GPU's.
+        opening it left resident, what running it adds at its peak, the process's peak, the GPU's, and the file's.
         """
         return {"provider": self.runner.provider, **self.memory}
 

@@ -138,6 +138,12 @@ def test_a_length_without_positions_is_a_failure_with_its_reason(bundle: Bundle)
     assert [f["reason"] for f in result["failures"]] == ["The model has 66 positions, not 67."]
 
 
+def test_the_matrix_of_the_recipes_is_valid_and_flags_override_it() -> None:
+    file = Path(__file__).resolve().parents[1] / "recipes" / "bench-cpu.toml"
+    settings = load_settings(BenchSettings, file, "bench", seconds="1")
+    assert (settings.runtimes, settings.batches, settings.seconds) == (("ort-cpu", "openvino"), (1, 8), 1.0)
+
+
 def test_bundles_are_compared_with_the_first(bundle: Bundle, tmp_path: Path) -> None:
     other = tmp_path / "other" / bundle.root.name
     shutil.copytree(bundle.root, other)

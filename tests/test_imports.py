@@ -34,7 +34,7 @@ LAYERS = [
     "variants golden evaluate",
     "pipeline measuring",
     "probing experiments",
-    "api screen inspection doctor serve flags cli_lab cli",
+    "api screen inspection doctor serve flags cli_gate cli_lab cli",
 ]
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer.split()}
 # export and runtime_bench never import each other; only the probe compiles what it measures.

@@ -117,7 +117,7 @@ def as_svg(document: Mapping[str, Any]) -> str:
     try:
         import matplotlib
     except ImportError as error:
-        raise MissingExtraError("matplotlib", "dev") from error
+        raise MissingExtraError("matplotlib", "ci") from error
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "deploy_prune"  # the same figure gives the same file
     from matplotlib import pyplot

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
@@ -64,6 +65,14 @@ class Runner(ABC):
     ) -> None:
         self._open = False
         self._deactivate()
+
+    def file_bytes(self) -> int | None:
+        """Return the size of the file it opens, companions with the weights included; None where it opens none."""
+        path: Path | None = getattr(self, "path", None)
+        if path is None:
+            return None
+        beside = (path, path.with_name(f"{path.name}.data"), path.with_suffix(".bin"))
+        return sum(file.stat().st_size for file in beside if file.is_file())
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
         """Return the outputs by name.

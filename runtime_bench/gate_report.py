@@ -1,0 +1,119 @@
+"""Hand a gate's verdict to CI: JUnit XML, Markdown for a step summary, annotations, and a history with its trend."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..bundle import disk_errors
+from ..errors import InputError, MissingExtraError
+from .gate import Verdict
+
+MARKS = {"passed": "passed", "failed": "**failed**", "too noisy": "**too noisy to tell**"}
+
+
+def write_junit(verdict: Verdict, name: str, path: Path) -> None:
+    """Write one test case a check: a failure where it failed, an error where the machine was too noisy."""
+    try:
+        from junitparser import Error, Failure, JUnitXml, TestCase, TestSuite
+    except ImportError as error:
+        raise MissingExtraError("junitparser", "ci") from error
+    suite = TestSuite(f"deploy-prune gate {name}")
+    for check in verdict.checks:
+        case = TestCase(check.name, classname=f"gate.{name}", time=verdict.seconds / len(verdict.checks))
+        if check.outcome == "failed":
+            case.result = [Failure(check.text)]
+        elif check.outcome == "too noisy":
+            case.result = [Error(check.text)]
+        case.system_out = check.text
+        suite.add_testcase(case)
+    document = JUnitXml()
+    document.add_testsuite(suite)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        document.write(str(path), pretty=True)
+
+
+def as_markdown(verdict: Verdict, name: str) -> str:
+    """Return the verdict as a section with a table, for a pull request or a step summary."""
+    place, machine = verdict.place, verdict.machine
+    lines = [f"### Latency gate, {name}: {MARKS[verdict.outcome]}", "", "| check | | found |", "|---|---|---|"]
+    lines += [f"| {c.name} | {MARKS[c.outcome]} | {c.text} |" for c in verdict.checks]
+    where = f"{place['runtime']}, batch {place['batch']}, {place['seq']} tokens, {place['threads']} threads"
+    lines += ["", f"{where}; {machine['cpu']}, load {machine['load_1min']:.1f}; {verdict.seconds:.0f} s."]
+    return "\n".join(lines) + "\n"
+
+
+def github_annotations(verdict: Verdict, name: str) -> Iterator[str]:
+    """Yield a GitHub workflow command for every check that did not pass."""
+    for check in verdict.checks:
+        if check.outcome != "passed":
+            level = "error" if check.outcome == "failed" else "warning"
+            text = check.text.replace("%", "%25").replace("\n", "%0A")
+            yield f"::{level} title=Latency gate {name}, {check.name}::{text}"
+
+
+def append_history(verdict: Verdict, name: str, path: Path) -> None:
+    """Add one line of JSON: when, what, the outcome, and every check's value, limit and interval."""
+    entry = {
+        "created": verdict.created,
+        "name": name,
+        "outcome": verdict.outcome,
+        "cpu": verdict.machine["cpu"],
+        "load_1min": verdict.machine["load_1min"],
+        **verdict.place,
+        "checks": {
+            c.name: {"outcome": c.outcome, "found": c.found, "limit": c.limit}
+            | {key: c.details[key] for key in ("low", "high") if key in c.details}
+            for c in verdict.checks
+        },
+    }
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Return a history's entries. Raises InputError for a line that is no JSON."""
+    entries = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}, line {number}, is no JSON: {error}.", hint="Mend or remove that line."
+            ) from error
+    return entries
+
+
+def draw_trend(path: Path, figure: Path) -> None:
+    """Draw the ratio to the base over the runs of a history, with intervals, limits and outcomes (SVG or PNG)."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "ci") from error
+    canvas = Figure(figsize=(7, 3), layout="constrained")
+    axes = canvas.subplots()
+    runs: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for number, entry in enumerate(read_history(path)):
+        if "slowdown" in entry["checks"]:
+            runs.setdefault(entry["name"], []).append((number, entry["checks"]["slowdown"]))
+    for name, checks in runs.items():
+        found = [c["found"] for _, c in checks]
+        below = [c["found"] - c["low"] for _, c in checks]
+        above = [c["high"] - c["found"] for _, c in checks]
+        numbers = [n for n, _ in checks]
+        axes.errorbar(numbers, found, yerr=[below, above], fmt="o-", capsize=3, label=name)
+        axes.step(numbers, [c["limit"] for _, c in checks], where="mid", linestyle="--", color="0.5")
+        bad = [(n, c["found"]) for n, c in checks if c["outcome"] != "passed"]
+        axes.plot([n for n, _ in bad], [value for _, value in bad], "rx", markersize=10)
+    axes.set_xlabel("run")
+    axes.set_ylabel("ratio to the base (dashed: allowed)")
+    if runs:
+        axes.legend()
+    with disk_errors(figure):
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        canvas.savefig(figure)

@@ -1,0 +1,309 @@
+"""The gate: what its statistics promise, what it says of which machine, and real runs of equal and slower files."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from bundles_tiny import exported_bundle
+
+from deploy_prune.bundle import Bundle
+from deploy_prune.cli import invoke
+from deploy_prune.config import GateSettings
+from deploy_prune.errors import InputError, SystemStateError, VerdictError
+from deploy_prune.runtime_bench.bench import Place, Timed
+from deploy_prune.runtime_bench.gate import Session, Verdict, choose_clock, gate_paths, judge, read_session
+from deploy_prune.runtime_bench.gate_report import (
+    append_history,
+    as_markdown,
+    draw_trend,
+    github_annotations,
+    read_history,
+    write_junit,
+)
+from deploy_prune.runtime_bench.sequential import Plan, estimate, run_plan
+from deploy_prune.runtime_bench.subjects import Subject
+from deploy_prune.runtime_bench.timing import Samples
+
+ROOT = Path(__file__).resolve().parents[1]
+PLAN = Plan()
+PLACE = Place("ort-cpu", 1, 12, 1)
+MODEL = Subject("m", "m.onnx")
+
+
+def decisions(ratio: float, spread: float, trials: int, seed: int = 0) -> list[str | None]:
+    draws = np.random.default_rng(seed).normal(math.log(ratio), spread, (trials, PLAN.sessions))
+    return [run_plan(list(row), 1.02, PLAN)[0] for row in draws]
+
+
+@pytest.mark.parametrize("spread", [0.003, 0.02, 0.2])
+def test_what_is_at_the_limit_is_seldom_called_slower_however_noisy(spread: float) -> None:
+    slower = decisions(1.02, spread, 4000).count("slower")
+    assert slower <= 4000 * 0.003 + 4 * math.sqrt(4000 * 0.003)
+    assert decisions(1.0, spread, 4000, seed=1).count("slower") <= slower + 8
+
+
+@pytest.mark.parametrize("spread", [0.003, 0.02])
+def test_slow_downs_are_seen_and_never_waved_through(spread: float) -> None:
+    five, ten = decisions(1.05, spread, 1000), decisions(1.10, spread, 1000)
+    assert five.count("slower") >= 950
+    assert ten.count("slower") >= 999
+    assert five.count("within") + ten.count("within") <= 2
+
+
+def test_it_stops_early_when_it_is_sure_either_way() -> None:
+    rng = np.random.default_rng(0)
+    for ratio, expected in ((0.6, "within"), (1.5, "slower")):
+        decision, sessions, found = run_plan(list(rng.normal(math.log(ratio), 0.01, 24)), 1.02, PLAN)
+        assert (decision, sessions) == (expected, 4)
+        assert found.low < ratio < found.high
+
+
+def test_what_it_says_it_sees_it_sees() -> None:
+    """`visible` is called slower with 90 % chance by a look like the one that named it."""
+    rng = np.random.default_rng(0)
+    spread, n = 0.02, 24
+    visible = np.median([estimate(list(rng.normal(0, spread, n)), 1.02, PLAN).visible for _ in range(300)])
+    seen = [estimate(list(rng.normal(math.log(visible), spread, n)), 1.02, PLAN).low > 1.02 for _ in range(2000)]
+    assert 0.85 <= np.mean(seen) <= 0.95
+
+
+def sessions(ratio: float, spread: float, *, seed: int = 0, new_ms: float = 10.0, peak: int = 100) -> Any:
+    rng = np.random.default_rng(seed)
+
+    def measure(seconds: float) -> Session:
+        wall, cpu = rng.normal(0, spread, 2), rng.normal(0, 3 * spread, 2)
+        return Session(
+            new={"wall": math.log(ratio) + wall[0], "cpu": math.log(ratio) + cpu[0]},
+            control={"wall": wall[1], "cpu": cpu[1]},
+            new_ms={"wall": new_ms * math.exp(wall[0]), "cpu": new_ms},
+            base_ms={"wall": new_ms / ratio, "cpu": new_ms / ratio},
+            peak_bytes={"new": peak, "base": 100, "control": 101},
+        )
+
+    return measure
+
+
+def judged(measure: Callable[[float], Session], base: Subject | None = MODEL, **settings: Any) -> Verdict:
+    return judge(MODEL, base, GateSettings(**({"max_slowdown": 1.02} | settings)), PLACE, measure=measure)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "spread", "outcome", "words", "taken"),
+    [
+        (1.0, 0.003, "passed", "times the base's wall time", 4),
+        (1.1, 0.003, "failed", "allowed 1.02", 4),
+        (1.02, 0.01, "passed", "Nothing beyond the limit was found", 24),
+        (1.0, 0.3, "too noisy", "would have been seen, not 1.051", 24),
+        (1.06, 0.1, "too noisy", "too noisy to tell", 24),
+    ],
+)
+def test_verdicts(ratio: float, spread: float, outcome: str, words: str, taken: int) -> None:
+    verdict = judged(sessions(ratio, spread))
+    (check,) = verdict.checks
+    assert (verdict.outcome, check.name, len(verdict.sessions)) == (outcome, "slowdown", taken)
+    assert words in check.text
+    assert json.loads(json.dumps(verdict.to_dict()))["outcome"] == outcome
+    for bad, error in (("failed", VerdictError), ("too noisy", SystemStateError)):
+        if outcome == bad:
+            with pytest.raises(error, match="allowed"):
+                verdict.check()
+    if outcome == "passed":
+        verdict.check()
+
+
+def test_a_coarser_resolution_lets_a_noisy_machine_pass_and_says_what_it_missed() -> None:
+    verdict = judged(sessions(1.0, 0.1), resolution=0.5)
+    assert verdict.outcome == "passed"
+    noisy = judged(sessions(1.0, 0.1))
+    assert noisy.outcome == "too noisy"
+    assert noisy.checks[0].details["visible"] == verdict.checks[0].details["visible"]
+
+
+def test_absolute_latency_and_memory() -> None:
+    found = judged(sessions(1.0, 0.003, peak=120), max_latency_ms=5.0, max_memory=1.1)
+    assert [(c.name, c.outcome) for c in found.checks] == [
+        ("slowdown", "passed"),
+        ("latency", "failed"),
+        ("memory", "failed"),
+    ]
+    assert found.outcome == "failed"
+    alone = judged(sessions(1.0, 0.003), base=None, max_latency_ms=20.0)
+    assert [(c.name, c.outcome) for c in alone.checks] == [("latency", "passed")]
+    assert judged(sessions(1.0, 0.3), base=None, max_latency_ms=10.0).outcome == "too noisy"
+    with pytest.raises(InputError, match="--max-memory compares"):
+        judged(sessions(1.0, 0.01), base=None, max_memory=1.1)
+
+
+def test_failed_outweighs_too_noisy() -> None:
+    verdict = judged(sessions(1.0, 0.3, peak=200), max_memory=1.1)
+    assert [c.outcome for c in verdict.checks] == ["too noisy", "failed"]
+    assert verdict.outcome == "failed"
+
+
+def test_the_clock_is_the_one_by_which_the_base_agrees_with_itself() -> None:
+    quiet_wall = [sessions(1.5, 0.01, seed=i)(1.0) for i in range(6)]
+    assert choose_clock(quiet_wall, "auto") == "wall"
+    swapped = [
+        Session(s.new, {"wall": s.control["cpu"], "cpu": s.control["wall"]}, s.new_ms, s.base_ms, s.peak_bytes)
+        for s in quiet_wall
+    ]
+    assert choose_clock(swapped, "auto") == "cpu"
+    assert choose_clock(swapped, "wall") == "wall"
+    coarse = [Session(s.new, s.control, s.new_ms, {"wall": 1.0, "cpu": 0.0}, s.peak_bytes) for s in swapped]
+    assert choose_clock(coarse, "auto") == "wall"
+
+
+def test_a_session_is_paired_round_by_round_and_spikes_are_trimmed() -> None:
+    load = np.random.default_rng(0).lognormal(0, 1, 30)
+    spiky = load.copy()
+    spiky[[3, 17]] *= 40
+    rounds = {"base": load, "control": 1.01 * load, "new": 1.2 * spiky}
+    samples = {
+        name: Samples([[int(1e7 * v)] for v in values], [[int(2e7 * v)] for v in values])
+        for name, values in rounds.items()
+    }
+    session = read_session(Timed(samples, {name: {"peak_rss_bytes": 7} for name in rounds}, {}))
+    for clock in ("wall", "cpu"):
+        assert math.exp(session.new[clock]) == pytest.approx(1.2 / math.sqrt(1.01), rel=1e-4)
+        assert math.exp(session.control[clock]) == pytest.approx(1.01, rel=1e-4)
+    assert session.base_ms["cpu"] == pytest.approx(2 * session.base_ms["wall"], rel=1e-4)
+
+
+def test_what_ci_reads(tmp_path: Path) -> None:
+    verdict = judged(sessions(1.1, 0.003), max_memory=1.5)
+    noisy = judged(sessions(1.0, 0.3))
+    write_junit(verdict, "model", tmp_path / "deep" / "gate.xml")
+    cases = ElementTree.parse(tmp_path / "deep" / "gate.xml").getroot().findall(".//testcase")
+    assert [(c.get("name"), c.find("failure") is not None) for c in cases] == [("slowdown", True), ("memory", False)]
+    write_junit(noisy, "model", tmp_path / "noisy.xml")
+    assert ElementTree.parse(tmp_path / "noisy.xml").getroot().find(".//error") is not None
+    text = as_markdown(verdict, "model")
+    assert "model: **failed**" in text
+    assert "| slowdown | **failed** | The new model takes 1.09" in text
+    (line,) = github_annotations(verdict, "model")
+    assert line.startswith("::error title=Latency gate model, slowdown::The new model takes")
+    assert [a.split()[0] for a in github_annotations(noisy, "m")] == ["::warning"]
+    for found in (verdict, noisy, judged(sessions(1.0, 0.003))):
+        append_history(found, "model", tmp_path / "history.jsonl")
+    entries = read_history(tmp_path / "history.jsonl")
+    assert [e["outcome"] for e in entries] == ["failed", "too noisy", "passed"]
+    assert entries[0]["checks"]["slowdown"]["low"] < entries[0]["checks"]["slowdown"]["found"]
+    draw_trend(tmp_path / "history.jsonl", tmp_path / "trend.svg")
+    assert "</svg>" in (tmp_path / "trend.svg").read_text()
+    (tmp_path / "history.jsonl").write_text("{}\nnonsense\n")
+    with pytest.raises(InputError, match="line 2"):
+        read_history(tmp_path / "history.jsonl")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    bundle = exported_bundle(tmp_path_factory.mktemp("gate"))
+    bundle.manifest.quality = {
+        "dense": {"metric": "accuracy", "value": 0.9},
+        "sliced": {"metric": "accuracy", "value": 0.88},
+    }
+    bundle.commit()
+    return bundle
+
+
+def slower(source: Path, path: Path, width: int) -> Path:
+    """Copy an ONNX file with work added that changes nothing: a product whose sum is multiplied by zero."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    proto = onnx.load(source)
+    output = proto.graph.output[0].name
+    for node in proto.graph.node:
+        node.output[:] = [f"{name}_before" if name == output else name for name in node.output]
+    constants = {"slow_a": np.ones((width, width), np.float32), "slow_zero": np.zeros((), np.float32)}
+    proto.graph.initializer.extend(numpy_helper.from_array(v, k) for k, v in constants.items())
+    proto.graph.node.extend(
+        [  # the product depends on the input, so that no optimiser computes it beforehand
+            helper.make_node("ReduceMax", [f"{output}_before"], ["slow_x"], keepdims=0),
+            helper.make_node("Mul", ["slow_a", "slow_x"], ["slow_b"]),
+            helper.make_node("MatMul", ["slow_a", "slow_b"], ["slow_c"]),
+            helper.make_node("ReduceMax", ["slow_c"], ["slow_d"], keepdims=0),
+            helper.make_node("Mul", ["slow_d", "slow_zero"], ["slow_e"]),
+            helper.make_node("Add", [f"{output}_before", "slow_e"], [output]),
+        ]
+    )
+    onnx.save_model(proto, path)
+    return path
+
+
+def test_a_file_is_never_slower_than_itself_and_a_slower_one_fails(bundle: Bundle, tmp_path: Path) -> None:
+    sliced = bundle.path(next(a.path for a in bundle.manifest.artifacts if a.variant == "sliced"))
+    settings = {"max_seconds": 60.0, "seq": 12, "resolution": 0.5, "max_slowdown": 1.3}
+    same = gate_paths(sliced, GateSettings(base=str(sliced), **settings))
+    assert same.outcome != "failed"
+    slow = gate_paths(slower(sliced, tmp_path / "slow.onnx", 400), GateSettings(base=str(sliced), **settings))
+    assert slow.outcome == "failed", slow.checks
+    assert slow.seconds < 60
+    assert set(slow.sessions[0].peak_bytes) == {"new", "base", "control"}
+
+
+def test_the_command_writes_everything_and_exits_with_the_verdict(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    files = {name: tmp_path / file for name, file in (("junit", "g.xml"), ("out", "g.json"), ("history", "h.jsonl"))}
+    flags = [part for name, path in files.items() for part in (f"--{name}", str(path))]
+    arguments = ["gate", str(bundle.root), *flags, "--trend", str(tmp_path / "t.svg")]
+    assert invoke([*arguments, "--max-bytes", "1000"]) == 1
+    assert "bytes: failed" in capsys.readouterr().out
+    assert "**failed**" in (tmp_path / "summary.md").read_text()
+    assert json.loads(files["out"].read_text())["checks"][0]["name"] == "bytes"
+    assert "<failure" in files["junit"].read_text()
+    assert len(files["history"].read_text().splitlines()) == 1
+    base = ["--base", str(bundle.root), "--model", "dense", "--max-seconds", "20", "--max-slowdown", "5"]
+    assert (
+        invoke([*arguments, *base, "--max-quality-loss", "0.5", "--max-memory", "1.5", "--max-bytes", "9000000"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert [line.split(":")[0] for line in said.splitlines()] == ["slowdown", "memory", "bytes", "quality"]
+    assert len(files["history"].read_text().splitlines()) == 2
+    assert (tmp_path / "t.svg").is_file()
+
+
+def test_make_regress(bundle: Bundle) -> None:
+    if Path(sys.prefix) != ROOT / ".venv":
+        pytest.skip("not run from the environment that make set up")
+    flags = f"--max-seconds 10 --max-slowdown 5 --history {bundle.root}/h.jsonl --trend {bundle.root}/t.svg"
+    command = ["make", "regress", f"BASE={bundle.root}", f"NEW={bundle.root}", f"FLAGS={flags}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "slowdown: passed" in done.stdout
+    assert (bundle.root / "t.svg").is_file()
+    without = subprocess.run(["make", "regress"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert without.returncode == 2
+    assert "make regress BASE=" in without.stdout
+
+
+def test_bad_settings_are_refused(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(bundle.root)
+    onnx = str(bundle.path(bundle.manifest.artifacts[0].path))
+    for arguments, words in (
+        ([root], "Nothing to check"),
+        ([root, "--base", onnx], "cannot be compared"),
+        ([onnx, "--base", onnx, "--max-quality-loss", "1"], "records no quality"),
+        ([onnx, "--max-latency-ms", "9", "--runtime", "torch"], "No runtime 'torch'"),
+        ([root, "--base", root, "--model", "half"], "No variant 'half'"),
+        ([root, "--max-bytes", "9", "--max-quality-loss", "1"], "compares with a base"),
+        ([root, "--base", root, "--model", "virtual", "--max-quality-loss", "1"], "no measured quality of virtual"),
+        ([root, "--max-bytes", "9", "--runtime", "torch"], "opens no exported file"),
+        ([root, "--max-bytes", "9", "--trend", "t.svg"], "drawn from a history"),
+        ([str(tmp_path / "none.onnx"), "--max-bytes", "9"], "No ONNX file"),
+        ([root, "--max-bytes", "-1"], "max_bytes = '-1'"),
+    ):
+        assert invoke(["gate", *arguments]) == 2, arguments
+        assert words in " ".join(capsys.readouterr().err.split()), arguments
