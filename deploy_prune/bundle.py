@@ -283,7 +283,9 @@ def staging(destination: str | Path) -> Iterator[Bundle]:
     destination = Path(os.path.abspath(destination))
     if destination.exists() and not (destination / "manifest.json").is_file():
         if not destination.is_dir():
-            raise InputError(f"{destination} exists and is not a folder.", hint="Choose another --out.")
+            raise InputError(
+                f"{destination} exists and is not a folder.", hint="Get the permission, or write elsewhere."
+            )
         if any(destination.iterdir()):
             raise InputError(
                 f"{destination} is not empty and is not a bundle.",
@@ -380,6 +382,6 @@ def disk_errors(where: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise SystemStateError(
-                f"No permission to write {where}: {error.strerror}.", hint="Choose another --out."
+                f"No permission to write {where}: {error.strerror}.", hint="Get the permission, or write elsewhere."
             ) from error
         raise

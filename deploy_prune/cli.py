@@ -15,7 +15,7 @@ from rich.markup import escape
 from . import __version__, cli_gate, cli_lab, screen
 from .bundle import VARIANTS, Bundle, Variant, disk_errors, locked, write_atomically
 from .config import BenchSettings, ExportSettings, Recipe
-from .errors import DeployPruneError, MissingExtraError, SystemStateError
+from .errors import DeployPruneError, MissingExtraError, SystemStateError, VerdictError
 from .flags import Json, recipe_command, settings_command, words
 
 app = typer.Typer(
@@ -156,7 +156,8 @@ def export(
 def verify(bundle: BundleArg, as_json: Json = False) -> None:
     """Run every artifact that can run on this machine against the bundle's golden outputs.
 
-    What was not run where it was built (engines without their GPU) is completed; a difference is exit 1.
+    What was not run where it was built (engines without their GPU) is completed; a difference is exit 1. The quality of
+    lower precisions is not measured again.
 
     [bold]Example[/bold]
 
@@ -171,8 +172,12 @@ def verify(bundle: BundleArg, as_json: Json = False) -> None:
     if as_json:
         screen.print_json([a.model_dump() for a in opened.manifest.artifacts])
     else:
-        for artifact in opened.manifest.artifacts:
-            screen.print_artifact(artifact)
+        for artifact in found.artifacts:
+            screen.print_artifact(artifact, quality=False)
+        for artifact, reason in found.unchecked:
+            screen.out.print(
+                f"{artifact.path}  not checked here: {reason}", highlight=False, soft_wrap=True, markup=False
+            )
     found.check()
 
 
@@ -216,6 +221,8 @@ def bench(
         screen.print_json(result)
         return
     _print_failures(result["failures"])
+    if not result["measurements"]:
+        raise VerdictError("Nothing could be measured.", hint="The lines above say why.")
     screen.print_bench(result)
 
 
@@ -295,15 +302,16 @@ def _write_report(bundle: Bundle) -> None:
 
 def _print_failures(failures: list[dict[str, Any]]) -> None:
     for f in failures:
-        screen.err.print(
-            f"[yellow]not measured:[/] {f['runtime']} {f['batch']}x{f['seq']} {f['model']}: {escape(f['reason'])}"
-        )
+        where, reason = f"{f['runtime']} {f['batch']}x{f['seq']} {f['model']}", f["reason"].splitlines()[0]
+        screen.err.print(f"[yellow]not measured:[/] {where}: {escape(reason)}")
 
 
 def _variants(text: str) -> list[Variant]:
     unknown = [word for word in words(text) if word not in VARIANTS]
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(VARIANTS)}", param_hint="--variants")
+    if not words(text):
+        raise typer.BadParameter("an empty list leaves nothing to do", param_hint="--variants")
     return [v for v in VARIANTS if v in words(text)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -35,7 +36,7 @@ class ExportSettings(BaseModel):
     profile: str | None = _field(
         None, "A fixed shape, 1x128, or an engine's smallest:usual:largest, 1x8:1x128:8x384 (batch x tokens)."
     )
-    builder_level: int | None = _field(None, "TensorRT's builder optimisation level.", ge=0, le=5)
+    builder_level: int | None = _field(None, "TensorRT's builder optimisation level, 0 to 5.", ge=0, le=5)
     version_compatible: bool = _field(False, "Let later versions of TensorRT load the engine.")
     hardware_compatible: bool = _field(False, "Let other GPUs (Ampere and later) load the engine.")
     refit: bool = _field(False, "Let the engine's weights be replaced later.")
@@ -47,6 +48,20 @@ class ExportSettings(BaseModel):
     exporter: Literal["torch", "optimum"] = _field(
         "torch", "Who writes the ONNX file: torch, or optimum (in an environment that has it)."
     )
+
+    @field_validator("formats", "precisions", "dialects", "schemes")
+    @classmethod
+    def _something(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("an empty list leaves nothing to export")
+        return value
+
+    @field_validator("compute_capabilities")
+    @classmethod
+    def _capabilities(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [c for c in value if not re.fullmatch(r"\d+\.\d", c)]:
+            raise ValueError(f"'{wrong[0]}' is no compute capability; write it as 8.9")
+        return value
 
 
 class BenchSettings(BaseModel):

@@ -55,16 +55,16 @@ class Bars:
         self.progress.console.print(escape(text))
 
 
-def print_artifact(artifact: Artifact) -> None:
-    """Print one line: the file, its parity, and what its precision costs."""
+def print_artifact(artifact: Artifact, *, quality: bool = True) -> None:
+    """Print one line: the file, its parity, and what its precision cost when it was exported."""
     parity = artifact.parity
     line = f"{artifact.path}  parity {parity.status}"
     if parity.max_abs is not None:
         line += f", max abs {parity.max_abs:.1e}"
     if parity.reason:
         line += f": {parity.reason}"
-    if quality := artifact.quality_text():
-        line += f"; {quality}"
+    if quality and (text := artifact.quality_text()):
+        line += f"; {text}"
     out.print(line, highlight=False, soft_wrap=True, markup=False)
 
 

@@ -159,7 +159,30 @@ def to_qdq_int8(proto: onnx.ModelProto, batches: Sequence[Feeds], method: str) -
             },
         )
 
+    _raise_biases(proto)
     return _quantised(quantise, proto)
+
+
+def _raise_biases(proto: onnx.ModelProto) -> None:
+    """Give biases (N,) the shape (1, 1, N), which adds the same.
+
+    Where axes are fixed, ONNX Runtime 1.31 fuses a product (B, T, N) and a bias vector, and then gives the quantised
+    input of the fusion a zero point of another type than it says: such a file does not load.
+    """
+    import onnx
+
+    if weight_bytes(proto) > PROTOBUF_BYTES:
+        return  # shapes are inferred on one protobuf
+    graph = proto.graph
+    known = onnx.shape_inference.infer_shapes(proto).graph.value_info
+    cubes = {v.name for v in known if len(v.type.tensor_type.shape.dim) == 3}
+    constants = {t.name: t for t in graph.initializer}
+    products = {name for node in graph.node if node.op_type == "MatMul" for name in node.output if name in cubes}
+    for node in graph.node:
+        if node.op_type == "Add" and products & set(node.input):
+            for name in node.input:
+                if name in constants and len(constants[name].dims) == 1:
+                    constants[name].dims[:] = [1, 1, *constants[name].dims]
 
 
 class _Reader:

@@ -139,7 +139,7 @@ class OnnxExporter:
     def missing(self) -> Exception | None:
         return missing_package("cpu", "torch", "onnx", "onnxscript", "onnxruntime")
 
-    def kinds(self, precision: str, options: Options) -> Sequence[Kind] | str:
+    def kinds(self, precision: str, options: Options) -> Sequence[Kind | str] | str:
         if options.exporter == "optimum":
             if (error := missing_optimum()) is not None:
                 raise error
@@ -151,9 +151,9 @@ class OnnxExporter:
         schemes: tuple[str | None, ...] = options.schemes if precision == "int8" else (None,)
         # The fused nodes of the mha dialect are for the CUDA provider, which has no int8 of these.
         dialects = [d for d in options.dialects if not (d == "mha" and precision == "int8")]
-        if not dialects:
-            return "the mha dialect has no int8; give opset18 or opset23 as well"
-        return [Kind("onnx", d, precision, s, options.shape) for d in dialects for s in schemes]
+        kinds: list[Kind | str] = [Kind("onnx", d, precision, s, options.shape) for d in dialects for s in schemes]
+        without = len(dialects) < len(options.dialects)
+        return [*kinds, *(["the mha dialect has no int8; opset18 and opset23 have"] if without else [])]
 
     def export(self, kind: Kind, source: Source, path: Path) -> Mapping[str, Any]:
         import onnx

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -59,6 +59,17 @@ def check_parity(
     if not compared:
         return Parity(status="not_run", reason=f"the bundle holds no golden outputs of the {variant} model")
     return Parity(status="passed", max_abs=worst, agreement=float(np.mean(same)) if same else None)
+
+
+def golden_within(
+    cases: Sequence[GoldenCase], shape: tuple[int, int] | None, variant: str, reference: Callable[[], Runner]
+) -> list[GoldenCase]:
+    """Return the golden cases; where some are longer than a fixed shape, all are cut to it and computed anew."""
+    if shape is None or all(c.inputs["input_ids"].shape[1] <= shape[1] for c in cases):
+        return list(cases)
+    cut = [{name: array[:, : shape[1]] for name, array in c.inputs.items()} for c in cases]
+    with reference() as runner:
+        return [GoldenCase(inputs, {variant: runner.infer(inputs)}) for inputs in cut]
 
 
 def _decisions(outputs: np.ndarray, real: np.ndarray, head: str) -> np.ndarray:

@@ -162,8 +162,8 @@ class Exporter(Protocol):
     def missing(self) -> Exception | None:
         """Return the error that says which package is not here, or None."""
 
-    def kinds(self, precision: str, options: Options) -> Sequence[Kind] | str:
-        """Return the kinds of file that a precision stands for, or why there are none."""
+    def kinds(self, precision: str, options: Options) -> Sequence[Kind | str] | str:
+        """Return the kinds of file that a precision stands for, and reasons for those that there are not."""
 
     def export(self, kind: Kind, source: Source, path: Path) -> Mapping[str, Any]:
         """Write the source to `path`, and to one companion beside it where the format needs that.
@@ -223,10 +223,11 @@ def plan_kinds(formats: Sequence[str], precisions: Sequence[str], options: Optio
             continue
         for precision in dict.fromkeys(precisions):
             found = exporters[name].kinds(precision, options)
-            if isinstance(found, str):
-                skipped.append(Skipped(name, precision, found))
-            else:
-                kinds += found
+            for entry in [found] if isinstance(found, str) else found:
+                if isinstance(entry, Kind):
+                    kinds.append(entry)
+                else:
+                    skipped.append(Skipped(name, precision, entry))
     return kinds, skipped
 
 

@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bundle import VARIANTS, Artifact, Bundle, GoldenCase, Parity, Variant, disk_errors, sha256_file
-from ..errors import DeployPruneError, VerdictError
+from ..errors import DeployPruneError, InputError, VerdictError
 from ..runtimes import Runner
 from ..runtimes.fixed import FixedShape
 from ..runtimes.torch_runner import TorchRunner
 from .evaluation import Evaluation
-from .parity import check_parity
+from .parity import check_parity, golden_within
 from .registry import Feeds, Kind, Options, Skipped, Source, available_exporters, plan_kinds
 
 if TYPE_CHECKING:
     from torch import nn
 
-RECIPE = 1  # raised when the same options make another file
+RECIPE = 2  # raised when the same options make another file
 # Options that only some kinds of file depend on; what a kind itself says is none.
 _STATIC_INT8 = ("calibrate_by", "calibration_rows")
 _ENGINES = (
@@ -80,6 +80,7 @@ def export_bundle(
     that was named and cannot be built here.
     """
     kinds, skipped = plan_kinds(formats, precisions, options or Options())
+    _check_length(bundle, options or Options())
     result = Exported(skipped=skipped)
     if evaluation is None:
         static = [k for k in kinds if k.scheme == "qdq"]
@@ -223,13 +224,12 @@ class Workshop:
         return FixedShape(runner, kind.shape, pad_id) if kind.shape else runner
 
     def _golden(self, kind: Kind) -> list[GoldenCase]:
-        """Return the golden cases; those longer than a fixed shape are cut, and computed anew."""
-        cases = self.bundle.golden()
-        if kind.shape is None or all(c.inputs["input_ids"].shape[1] <= kind.shape[1] for c in cases):
-            return cases
-        cut = [{name: array[:, : kind.shape[1]] for name, array in c.inputs.items()} for c in cases]
-        with TorchRunner(self.source.model, self.source.head, self.source.input_names) as reference:
-            return [GoldenCase(inputs, {self.variant: reference.infer(inputs)}) for inputs in cut]
+        return golden_within(
+            self.bundle.golden(),
+            kind.shape,
+            self.variant,
+            lambda: TorchRunner(self.source.model, self.source.head, self.source.input_names),
+        )
 
     def _taken_over(self, kind: Kind) -> Made | None:
         """Return the same file of this bundle, or a copy of an earlier bundle's, if there is one."""
@@ -307,6 +307,15 @@ class Workshop:
     def _say(self, what: str, kind: Kind) -> None:
         if self.progress:
             self.progress(f"{what} {self.variant} {kind.label}")
+
+
+def _check_length(bundle: Bundle, options: Options) -> None:
+    """Raise InputError for shapes longer than the model has positions for."""
+    config = json.loads(bundle.path("sliced/config.json").read_text("utf-8"))
+    limit, lengths = config.get("max_position_embeddings"), [s[1] for s in (options.shape,) if s]
+    lengths += [options.profile.largest[1]] if options.profile else []
+    if limit is not None and lengths and lengths[0] > limit:
+        raise InputError(f"The model has {limit} positions, not {lengths[0]}.", hint="Give a shorter --profile.")
 
 
 def kind_of(artifact: Artifact) -> Kind:

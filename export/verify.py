@@ -2,44 +2,70 @@
 
 from __future__ import annotations
 
-from ..bundle import Bundle
-from ..errors import MissingExtraError, SystemStateError, VerdictError
+from dataclasses import dataclass, field
+from functools import partial
+
+from ..bundle import Artifact, Bundle
+from ..errors import DeployPruneError, MissingExtraError, SystemStateError, VerdictError
+from ..runtimes import Runner, open_runner
 from ..runtimes.fixed import FixedShape
-from .parity import check_parity
-from .registry import Skipped, available_exporters
-from .room import Exported, kind_of
+from .parity import check_parity, golden_within
+from .registry import available_exporters
+from .room import kind_of
 
 
-def verify_bundle(bundle: Bundle) -> Exported:
+@dataclass
+class Verified:
+    """Hold what was compared here, what could not be and why, and what differs (by label)."""
+
+    artifacts: list[Artifact] = field(default_factory=list)
+    unchecked: list[tuple[Artifact, str]] = field(default_factory=list)
+    failures: dict[str, DeployPruneError] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise VerdictError, naming every file that differs, unless none does."""
+        if self.failures:
+            lines = [f"{label}: {error.message}" for label, error in self.failures.items()]
+            raise VerdictError("Not what the models compute: " + "; ".join(lines), hint="Export these files again.")
+
+
+def verify_bundle(bundle: Bundle) -> Verified:
     """Compare every artifact that can run on this machine with the golden outputs; the caller commits the bundle.
 
-    Parity that was not run is completed. What differs is listed as a failure and keeps its entry.
+    Parity that was not run is completed. What differs keeps its entry. Quality is not measured again.
     """
-    result, golden = Exported(), bundle.golden()
-    exporters, head = available_exporters(), bundle.manifest.task["head"]
+    result, golden = Verified(), bundle.golden()
     for artifact in bundle.manifest.artifacts:
-        kind = kind_of(artifact)
-        if artifact.format not in exporters:
-            result.skipped.append(Skipped(artifact.format, artifact.precision, "no exporter of this format is here"))
-            continue
-        runner = exporters[artifact.format].runner(artifact, bundle.path(artifact.path))
+        runner = _runner(bundle, artifact)
         if isinstance(runner, str):
-            result.skipped.append(Skipped(artifact.format, artifact.precision, runner))
+            result.unchecked.append((artifact, runner))
             continue
-        cases = golden
-        if kind.shape is not None:
-            runner = FixedShape(runner, kind.shape, int(bundle.manifest.model.get("pad_id", 0)))
-            cases = [c for c in golden if c.inputs["input_ids"].shape[1] <= kind.shape[1]]
+        variant, kind = artifact.variant, kind_of(artifact)
         try:
+            cases = golden_within(golden, kind.shape, variant, partial(open_runner, bundle, "torch", variant))
             with runner:
-                found = check_parity(runner, cases, artifact.variant, head=head, precision=kind.precision)
-        except (MissingExtraError, SystemStateError) as error:
-            result.skipped.append(Skipped(artifact.format, artifact.precision, error.message))
-            continue
+                head = bundle.manifest.task["head"]
+                found = check_parity(runner, cases, variant, head=head, precision=kind.precision)
         except VerdictError as error:
-            result.failures[f"{artifact.variant} {kind.label}"] = error
+            result.failures[f"{variant} {kind.label}"] = error
             continue
-        if found.status == "passed":
-            artifact.parity = found
+        except (MissingExtraError, SystemStateError) as error:
+            result.unchecked.append((artifact, error.message))
+            continue
+        if found.status != "passed":
+            result.unchecked.append((artifact, found.reason or "there are no golden rows for it"))
+            continue
+        artifact.parity = found
         result.artifacts.append(artifact)
     return result
+
+
+def _runner(bundle: Bundle, artifact: Artifact) -> Runner | str:
+    """Return a runner that takes golden rows, or why there is none."""
+    exporter = available_exporters().get(artifact.format)
+    if exporter is None:
+        return "no exporter of this format is here"
+    runner = exporter.runner(artifact, bundle.path(artifact.path))
+    if isinstance(runner, str) or artifact.shape is None:
+        return runner
+    return FixedShape(runner, artifact.shape, int(bundle.manifest.model.get("pad_id", 0)))

@@ -101,11 +101,26 @@ def render_report(bundle: Bundle) -> str:
         layers=_layers(bundle),
         stages=[stage.model_dump() for stage in bundle.manifest.stages],
         machine=bench["machine"],
+        cells=_cells(bench),
         failures=bench["failures"],
         task=bundle.manifest.task.get("name", "unnamed"),
         declined=_declined,
         budget=budget_line(bundle.manifest.budget),
     )
+
+
+def _cells(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Group the measurements by cell: {"title", "floor" (of the noise, or None), "models": [measurement]}."""
+    noise = {_where(n): n["floor"] for n in bench["noise"]}
+    found: dict[str, dict[str, Any]] = {}
+    for m in bench["measurements"]:
+        title = _where(m)
+        found.setdefault(title, {"title": title, "floor": noise.get(title), "models": []})["models"].append(m)
+    return list(found.values())
+
+
+def _where(entry: Mapping[str, Any]) -> str:
+    return f"{entry['runtime']}, batch {entry['batch']}, {entry['seq']} tokens, {entry['threads']} threads"
 
 
 BOUND = {
@@ -235,4 +250,4 @@ def show_bytes(value: float) -> str:
     return f"{value / 1e6:,.1f} MB" if value < 1e9 else f"{value / 1e9:,.2f} GB"
 
 
-FILTERS = {"percent": percent, "count": show_count, "bytes": show_bytes}
+FILTERS = {"percent": percent, "count": show_count, "bytes": show_bytes, "ratio": show_ratio}

@@ -16,6 +16,7 @@ from ..runtimes import Runner, open_onnx, open_runner
 
 SEED = 0  # of the token ids
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+_TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _VOCABULARY = 1000  # token ids below this suit a file that does not say how many it knows
 
 
@@ -110,6 +111,8 @@ def file_feeds(rows: Mapping[str, int], runner: Runner, batch: int, seq: int) ->
         shape = tuple(
             axis if isinstance(axis, int) else batch if place == 0 else seq for place, axis in enumerate(spec.shape)
         )
+        if spec.name in _TOKEN_INPUTS and len(shape) == 2 and shape != (batch, seq):
+            raise InputError(f"This file is fixed to {shape[0]}x{shape[1]}.", hint="Bench it at that batch and length.")
         tokens = _token_feeds(shape, rows.get(spec.name, _VOCABULARY), pad_id=None)
         if spec.name in tokens:
             feeds[spec.name] = tokens[spec.name].astype(spec.dtype)
@@ -124,4 +127,4 @@ def _token_feeds(shape: tuple[int, ...], vocabulary: int, pad_id: int | None) ->
     ids = np.random.default_rng(SEED).integers(0, vocabulary, shape, dtype=np.int64)
     if pad_id is not None:  # some models count positions by it
         ids[ids == pad_id] = (pad_id + 1) % vocabulary
-    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    return dict(zip(_TOKEN_INPUTS, (ids, np.ones_like(ids), np.zeros_like(ids)), strict=True))

@@ -15,7 +15,7 @@ from bundles_tiny import exported_bundle
 from deploy_prune.bundle import VARIANTS, Bundle
 from deploy_prune.config import BenchSettings, load_settings
 from deploy_prune.errors import InputError
-from deploy_prune.export import export_bundle
+from deploy_prune.export import Options, export_bundle
 from deploy_prune.runtime_bench.bench import bench_bundle, bench_paths, latest_bench
 from deploy_prune.runtime_bench.subjects import bundle_feeds, distinct_names, file_feeds, file_subject
 from deploy_prune.runtimes import open_onnx, open_runner
@@ -189,6 +189,15 @@ def test_any_onnx_files_are_compared(tmp_path: Path) -> None:
         assert runner.infer(feeds)["out"].shape == (2, 50, 4)
     assert feeds["input_ids"].max() == 6
     assert feeds["scale"].std() > 0
+
+
+def test_a_file_of_a_fixed_shape_is_measured_at_that_shape_alone(bundle: Bundle) -> None:
+    """It was once run at its own shape and listed under the one asked for."""
+    (fixed,) = export_bundle(bundle, variants=["sliced"], options=Options(shape=(1, 9))).artifacts
+    path = bundle.path(fixed.path)
+    result = bench_paths([path], BenchSettings(**QUICK, seqs=(9, 12)))
+    assert [m["seq"] for m in result["measurements"]] == [9]
+    assert [f["reason"] for f in result["failures"]] == ["This file is fixed to 1x9."]
 
 
 def test_bad_settings_are_refused_before_anything_runs(bundle: Bundle, tmp_path: Path) -> None:

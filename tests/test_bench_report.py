@@ -31,7 +31,13 @@ def add_bench(bundle: Bundle, ratio: dict[str, float], *, created: str = "2026-0
         {
             **cell,
             "model": variant,
-            "latency_ms": {"median": ms, "p95": 1.1 * ms},
+            "latency_ms": {"median": ms, "p90": 1.05 * ms, "p95": 1.1 * ms, "p99": 1.2 * ms},
+            "rows_per_second": 1000 / ms,
+            "runs": 70,
+            "rounds": 10,
+            "file_bytes": 4_000_000,
+            "resident_bytes": 5_000_000,
+            "activation_bytes": None,
             "ratio": r,
             "cpu_ratio": {"value": 0.77, "low": 0.76, "high": 0.78} if variant == "sliced" else r,
             "peak_rss_bytes": 123_000_000,
@@ -41,9 +47,10 @@ def add_bench(bundle: Bundle, ratio: dict[str, float], *, created: str = "2026-0
     ]
     failure = {**cell, "model": "virtual", "kind": "InputError", "reason": "<broken> file"}
     machine = {"cpu": "A & B", "usable_cores": 2, "logical_cores": 4, "threads": 2, "load_1min": 0.5}
+    machine |= {"cpu_flags": ["avx2"], "governor": None, "busy": [{"name": "cc1", "percent": 99.0}], "gpus": []}
     machine |= {"memory_bytes": 8e9, "os": "Linux", "python": "3.11", "versions": {"numpy": "2.0"}}
     result = {"schema_version": SCHEMA_VERSION, "created": created, "machine": machine, "baseline": "dense"}
-    result |= {"measurements": measurements, "noise": [], "failures": [failure]}
+    result |= {"measurements": measurements, "noise": [{**cell, "floor": 0.021}], "failures": [failure]}
     path = bundle.root / "result.json"
     path.write_text(json.dumps(result))
     bundle.add_file(path, "bench", f"ort-s{seq}")
@@ -144,6 +151,9 @@ def test_page_is_whole_self_contained_and_escaped(bundle: Bundle) -> None:
         "L01.heads: no heads",
         "3.2",
         "123.0 MB",
+        "70 runs in 10 rounds",
+        "differed by up to 2.1%",
+        "cc1 used 99% of a core",
         bundle.manifest.plan["hash"],
         "passed, largest difference",
     ):

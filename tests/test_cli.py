@@ -293,6 +293,14 @@ def test_export_without_the_data_it_was_made_with(published: Workplace, capsys: 
 def test_wrong_profile(published: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke(["export", str(published.out), "--profile", "wide"]) == 2
     assert "BATCHxLENGTH" in error_text(capsys)
+    for flags, words in (
+        (["--profile", "1x9999"], "positions, not 9999"),
+        (["--compute-capabilities", "ada"], "no compute capability"),
+        (["--format", ""], "nothing to export"),
+        (["--variants", ""], "nothing to do"),
+    ):
+        assert invoke(["export", str(published.out), *flags]) == 2, flags
+        assert words in error_text(capsys), flags
 
 
 def test_unknown_format_names_the_known(published: Workplace, capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,6 +174,13 @@ def test_quality_of_a_lower_precision_is_measured(tmp_path: Path) -> None:
         assert 0 < artifact.quality["to_fp32"]["kl"] < 0.1
     static = next(a for a in made.artifacts if a.scheme == "qdq")
     assert static.calibration == {"method": "minmax", "rows": 16}  # type: ignore[attr-defined]
+    fixed = Options(shape=(1, 16))  # ONNX Runtime once refused static int8 of a fixed shape
+    made = export_bundle(bundle, precisions=["int8"], variants=["sliced"], evaluation=evaluation, options=fixed)
+    made.check()
+    assert [(a.scheme, a.parity.status, a.quality) for a in made.artifacts] == [
+        ("dynamic", "passed", None),
+        ("qdq", "passed", None),
+    ]
 
 
 def test_a_file_made_without_data_is_measured_later(tmp_path: Path) -> None:
@@ -215,6 +222,20 @@ def test_fixed_shapes_are_kinds_of_their_own(tmp_path: Path) -> None:
     found = verify_bundle(Bundle.open(bundle.root))
     assert found.failures == {}
     assert len(found.artifacts) == 4
+    stored = next(a for a in found.artifacts if a.shape)
+    assert stored.parity == fixed.parity  # of the same rows, cut alike
+    with pytest.raises(InputError, match="66 positions, not 67"):
+        export_bundle(bundle, variants=["sliced"], options=Options(shape=(1, 67)))
+
+
+def test_verify_runs_files_of_a_shape_that_no_golden_row_fits(tmp_path: Path) -> None:
+    """It once left them out and showed the parity of the export."""
+    bundle = exported_bundle(tmp_path)
+    small = Options(shape=(1, 1))
+    (dense,) = export_bundle(bundle, variants=["dense"], options=small).artifacts
+    (sliced,) = export_bundle(bundle, variants=["sliced"], options=small).artifacts
+    sliced.path, sliced.sha256 = dense.path, dense.sha256
+    assert list(verify_bundle(bundle).failures) == ["sliced onnx-opset23-fp32-1x1"]
 
 
 def test_verify_finds_a_file_that_computes_something_else(tmp_path: Path) -> None:

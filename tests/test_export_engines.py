@@ -64,7 +64,7 @@ def test_a_bundle_keeps_an_unrun_engine_with_its_source(tmp_path: Path) -> None:
     assert f"--saveEngine={engine.path}" in command
     assert "--optShapes=input_ids:1x12,attention_mask:1x12,token_type_ids:1x12" in command
     found = verify_bundle(bundle)
-    assert [s.format for s in found.skipped] == ["rtx"]
+    assert [(a.format, reason) for a, reason in found.unchecked] == [("rtx", missing_gpu())]
     assert len(found.artifacts) == 3
     with pytest.raises(SystemStateError, match="GPU"), open_runner(bundle, "rtx", "sliced"):
         pass

@@ -98,6 +98,9 @@ def test_pairs_that_do_not_exist_are_skipped_with_a_reason() -> None:
     assert [k.label for k in kinds] == ["onnx-mha-fp32", "pt2-export-fp32", "pt2-export-bf16"]
     assert [(s.format, s.precision) for s in skipped] == [("onnx", "bf16"), ("onnx", "int8"), ("pt2", "int8")]
     assert all(s.reason for s in skipped)
+    kinds, skipped = plan_kinds(["onnx"], ["int8"], Options(dialects=("opset18", "mha")))
+    assert [k.dialect for k in kinds] == ["opset18", "opset18"]
+    assert ["mha" in s.reason for s in skipped] == [True]
 
 
 @pytest.mark.parametrize("text", ["", "128", "1x", "0x8", "1x8:2x8", "8x8:4x8:9x9", "1x8:1x9:1x10:1x11"])

@@ -268,6 +268,8 @@ def test_infer_takes_tensors(made: Made) -> None:
         np.testing.assert_allclose(got["logits"], case.outputs["sliced"]["logits"], atol=1e-4)
         with pytest.raises(InputError, match="Missing inputs"):
             predictor.infer({})
+        with pytest.raises(InputError, match="cannot be run on these inputs"):  # ids that the table has no rows for
+            predictor.infer({name: np.full_like(array, 10**6) for name, array in case.inputs.items()})
 
 
 def test_labels(tmp_path: Path) -> None:
@@ -328,6 +330,9 @@ def test_unusable_options_are_refused(made: Made) -> None:
         ({"runtime": "tvm"}, r"(?s)No runtime 'tvm'.*ort-cpu"),
         ({"variant": "thin"}, "No variant 'thin'"),
         ({"threads": 0}, "0 threads"),
+        ({"threads": 1.5}, "1.5 threads"),
+        ({"threads": 100_000}, "from 1 to 1024"),
+        ({"precision": "fp64"}, "No precision 'fp64'"),
         ({"variant": "dense"}, r"(?s)no fp32 onnx file of the dense model.*deploy-prune export"),
         ({"precision": "int8"}, "no int8 onnx file"),
     ):

@@ -51,7 +51,11 @@ class OpenVinoRunner(Runner):
         self.output_names = tuple(port.get_any_name() for port in self.compiled.outputs)
 
     def _infer(self, feeds: Arrays) -> Arrays:
-        results = self.request.infer(feeds, share_inputs=True)
+        try:
+            results = self.request.infer(feeds, share_inputs=True)
+        except RuntimeError as error:  # ids or lengths that the model has no rows for
+            reason = str(error).strip().splitlines()[-1]
+            raise InputError(f"{self.path.name} cannot be run on these inputs: {reason}") from error
         return {
             name: np.array(results[port]) for name, port in zip(self.output_names, self.compiled.outputs, strict=True)
         }

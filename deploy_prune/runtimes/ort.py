@@ -100,7 +100,12 @@ class OrtRunner(Runner):
         return [(self.provider, settings), _PROVIDERS["cuda"]]
 
     def _infer(self, feeds: Arrays) -> Arrays:
-        return dict(zip(self.output_names, self.session.run(None, feeds), strict=True))
+        try:
+            outputs = self.session.run(None, feeds)
+        except Exception as error:  # ids or lengths that the model has no rows for
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{self.path.name} cannot be run on these inputs: {reason}") from error
+        return dict(zip(self.output_names, outputs, strict=True))
 
     def _deactivate(self) -> None:
         self.session = None

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from ..bundle import Bundle, Variant
 
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+MOST_THREADS = 1024
 BATCH_ROWS = 32  # texts per run: memory does not grow with the number of texts
 _SHORT_NAMES = {"ort": "ort-cpu"}
 _NO_LIMIT = 1_000_000  # tokens; tokenizers without a limit of their own name 10^30, which no integer type holds
@@ -47,8 +49,13 @@ def load(
 
     if variant not in VARIANTS:
         raise InputError(f"No variant '{variant}'.", hint=f"There are: {', '.join(VARIANTS)}.")
-    if threads is not None and threads < 1:
-        raise InputError(f"Cannot compute with {threads} threads.", hint="Give 1 or more, or leave it out.")
+    if precision not in PRECISIONS:
+        raise InputError(f"No precision '{precision}'.", hint=f"There are: {', '.join(PRECISIONS)}.")
+    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MOST_THREADS):
+        raise InputError(
+            f"Cannot compute with {threads!r} threads.",
+            hint=f"Give a number from 1 to {MOST_THREADS}, or leave it out.",
+        )
     opened = Bundle.open(bundle)
     config = _read_json(opened, "config.json")
     pad_id = int(opened.manifest.model.get("pad_id", config.get("pad_token_id") or 0))
