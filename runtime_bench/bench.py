@@ -196,7 +196,7 @@ def time_subjects(subjects: Sequence[Subject], place: Place, settings: BenchSett
                 timed.failures[failed.name] = failed.error
                 workers.pop(failed.name).close()
         for name, turn in (turns if workers else {}).items():
-            timed.described[name] |= turn.joules()
+            timed.described[name] |= turn.sensed()
     return timed
 
 
@@ -212,6 +212,7 @@ class _Turns:
     def __init__(self, name: str, worker: Worker) -> None:
         self.name, self.worker = name, worker
         self.runs = 0
+        self.device_ns: list[int] = []
         self.energy: dict[str, float | None] = {"cpu_joules": 0.0, "gpu_joules": 0.0}
 
     def __call__(self, runs: int) -> tuple[list[int], list[int]]:
@@ -220,16 +221,16 @@ class _Turns:
         except WorkerError as error:
             raise _TurnError(self.name, error) from error
         self.runs += runs
+        self.device_ns += answer["device_ns"]
         for sensor, total in self.energy.items():
             found = answer[sensor]
             self.energy[sensor] = None if total is None or found is None else total + found
         return answer["wall_ns"], answer["cpu_ns"]
 
-    def joules(self) -> dict[str, float | None]:
-        """Return the joules per run, warm-up included; None where no sensor can be read."""
-        return {
-            f"{sensor}_per_run": None if total is None else total / self.runs for sensor, total in self.energy.items()
-        }
+    def sensed(self) -> dict[str, Any]:
+        """Return the joules per run and the summary of the device's own times, warm-up included; None for no sensor."""
+        joules = {f"{name}_per_run": None if sum_ is None else sum_ / self.runs for name, sum_ in self.energy.items()}
+        return joules | {"device_ms": summarise_ms(self.device_ns) if self.device_ns else None}
 
 
 def _noise(timed: Timed, baseline: str) -> dict[str, Any]:

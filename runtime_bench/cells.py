@@ -44,19 +44,26 @@ class Cell:
         return {"provider": self.runner.provider, **self.memory}
 
     def run(self, runs: int) -> dict[str, Any]:
-        """Run so many times; return wall and processor ns of each, and the joules of all where they can be read."""
+        """Run so many times; return ns of each by the wall, the processor and (where it can be told) the
+        device, and the joules of all where they can be read.
+        """
         infer, feeds = self.runner.infer, self.feeds
-        wall_ns, cpu_ns = [], []
+        wall_ns: list[int] = []
+        cpu_ns: list[int] = []
+        device_ns: list[int] = []
         cpu_energy, gpu_energy = cpu_energy_uj(), gpu_energy_mj()
         for _ in range(runs):
             cpu, wall = time.process_time_ns(), time.perf_counter_ns()
             infer(feeds)
             wall_ns.append(time.perf_counter_ns() - wall)
             cpu_ns.append(time.process_time_ns() - cpu)
+            if self.runner.device_ns is not None:
+                device_ns.append(self.runner.device_ns)
         after = gpu_energy_mj()
         return {
             "wall_ns": wall_ns,
             "cpu_ns": cpu_ns,
+            "device_ns": device_ns,
             "cpu_joules": energy_between(cpu_energy, cpu_energy_uj()),
             "gpu_joules": None if gpu_energy is None or after is None else (after - gpu_energy) / 1000,
         }

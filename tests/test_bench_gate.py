@@ -30,8 +30,10 @@ from deploy_prune.runtime_bench.gate_report import (
     write_junit,
 )
 from deploy_prune.runtime_bench.sequential import Plan, estimate, run_plan
+from deploy_prune.runtime_bench.slowdown import slow_down
 from deploy_prune.runtime_bench.subjects import Subject
 from deploy_prune.runtime_bench.timing import Samples
+from deploy_prune.runtimes import open_onnx
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = Plan()
@@ -215,40 +217,26 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return bundle
 
 
-def slower(source: Path, path: Path, width: int) -> Path:
-    """Copy an ONNX file with work added that changes nothing: a product whose sum is multiplied by zero."""
-    import onnx
-    from onnx import helper, numpy_helper
-
-    proto = onnx.load(source)
-    output = proto.graph.output[0].name
-    for node in proto.graph.node:
-        node.output[:] = [f"{name}_before" if name == output else name for name in node.output]
-    constants = {"slow_a": np.ones((width, width), np.float32), "slow_zero": np.zeros((), np.float32)}
-    proto.graph.initializer.extend(numpy_helper.from_array(v, k) for k, v in constants.items())
-    proto.graph.node.extend(
-        [  # the product depends on the input, so that no optimiser computes it beforehand
-            helper.make_node("ReduceMax", [f"{output}_before"], ["slow_x"], keepdims=0),
-            helper.make_node("Mul", ["slow_a", "slow_x"], ["slow_b"]),
-            helper.make_node("MatMul", ["slow_a", "slow_b"], ["slow_c"]),
-            helper.make_node("ReduceMax", ["slow_c"], ["slow_d"], keepdims=0),
-            helper.make_node("Mul", ["slow_d", "slow_zero"], ["slow_e"]),
-            helper.make_node("Add", [f"{output}_before", "slow_e"], [output]),
-        ]
-    )
-    onnx.save_model(proto, path)
-    return path
-
-
 def test_a_file_is_never_slower_than_itself_and_a_slower_one_fails(bundle: Bundle, tmp_path: Path) -> None:
     sliced = bundle.path(next(a.path for a in bundle.manifest.artifacts if a.variant == "sliced"))
     settings = {"max_seconds": 60.0, "seq": 12, "resolution": 0.5, "max_slowdown": 1.3}
     same = gate_paths(sliced, GateSettings(base=str(sliced), **settings))
     assert same.outcome != "failed"
-    slow = gate_paths(slower(sliced, tmp_path / "slow.onnx", 400), GateSettings(base=str(sliced), **settings))
+    slow = gate_paths(slow_down(sliced, tmp_path / "slow.onnx", 20_000), GateSettings(base=str(sliced), **settings))
     assert slow.outcome == "failed", slow.checks
     assert slow.seconds < 60
     assert set(slow.sessions[0].peak_bytes) == {"new", "base", "control"}
+
+
+def test_slowing_down_changes_no_answer(bundle: Bundle, tmp_path: Path) -> None:
+    sliced = bundle.path(next(a.path for a in bundle.manifest.artifacts if a.variant == "sliced"))
+    slow = slow_down(sliced, tmp_path / "slow.onnx", 10)
+    case = bundle.golden()[1]
+    answers = []
+    for path in (sliced, slow):
+        with open_onnx(path) as runner:
+            answers.append(runner.infer({name: case.inputs[name] for name in runner.input_names}))
+    assert all((answers[0][name] == answers[1][name]).all() for name in answers[0])
 
 
 def test_the_command_writes_everything_and_exits_with_the_verdict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -86,6 +87,11 @@ class TestProgram(RunnerContract):
     runtime = format = "pt2"
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler")
+class TestTorchCompile(RunnerContract):
+    runtime = "torch-compile"
+
+
 class TestTorch(RunnerContract):
     runtime = "torch"
 
@@ -134,6 +140,16 @@ def test_other_files_that_are_none_are_refused(tmp_path: Path) -> None:
 def test_only_tensorrt_writes_a_compiled_graph(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="writes no EPContext file"):
         OrtRunner(tmp_path / "m.onnx", "cuda", context_file=tmp_path / "c.onnx")
+
+
+@pytest.mark.parametrize("runtime", ["torch-cuda", "torch-compile-cuda"])
+def test_torch_on_a_gpu_says_that_there_is_none(runtime: str, tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(SystemStateError, match="no CUDA device"):
+        open_runner(exported_bundle(tmp_path), runtime, "sliced")
 
 
 @pytest.mark.parametrize("runtime", ["ort-cuda", "ort-tensorrt"])

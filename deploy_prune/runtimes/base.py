@@ -37,6 +37,7 @@ class Runner(ABC):
     inputs: tuple[TensorSpec, ...] = ()  # known once it is open
     output_names: tuple[str, ...] = ()
     provider: str = ""  # what really computes, as the runtime calls it
+    device_ns: int | None = None  # of the last run, on the device alone, where the runtime can tell
     _open = False
 
     @property

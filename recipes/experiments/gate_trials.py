@@ -1,0 +1,183 @@
+"""Measure the gate itself: calibrated slow-downs, live trials, and replays of recorded sessions.
+
+G=recipes/experiments/gate_trials.py
+python $G make MODEL.onnx FOLDER                       # base.onnx and slower copies, calibrated (quiet machine)
+python $G trials FOLDER quiet.jsonl --count 40         # live trials of every kind; goes on where it stopped
+python $G record FOLDER quiet-sessions.jsonl --count 200
+python $G table quiet.jsonl                            # rates with exact binomial intervals
+python $G replay quiet-sessions.jsonl                  # the power curve, by block bootstrap of sessions
+`--load 2` keeps two processes busy meanwhile, in bursts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from scipy.stats import binomtest
+
+from deploy_prune.config import GateSettings
+from deploy_prune.runtime_bench.bench import Place
+from deploy_prune.runtime_bench.gate import Session, choose_clock, judge, measure_session
+from deploy_prune.runtime_bench.machine import describe_machine
+from deploy_prune.runtime_bench.sequential import Plan, run_plan
+from deploy_prune.runtime_bench.slowdown import slow_down
+from deploy_prune.runtime_bench.subjects import Subject, file_subject
+
+KINDS = {"same": 0.0, "at the limit": 0.02, "5 %": 0.05, "10 %": 0.10}
+PLACE = Place("ort-cpu", 1, 128, 1)
+SETTINGS = GateSettings(max_slowdown=1.02)
+PLAN = Plan()
+SESSION_SECONDS = 3.0
+BLOCK = 4  # sessions that stay together in a replay
+BURSTS = """
+import random, time
+import numpy as np
+a = np.random.rand(400, 400)
+while True:
+    end = time.time() + random.uniform(0.05, 0.5)
+    while time.time() < end: a @ a
+    time.sleep(random.uniform(0.0, 0.3))
+"""
+app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
+Load = Annotated[int, typer.Option(help="Processes that keep the machine busy, in bursts.")]
+
+
+@app.command()
+def make(model: Path, folder: Path, sessions: int = 12) -> None:
+    """Copy the base and write its slower copies; measure how much slower each really is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base = Path(shutil.copy(model, folder / "base.onnx"))
+    subject = file_subject("base", base)
+    guess = 2000
+    ratio, _ = _ratio(file_subject("guess", slow_down(base, folder / "guess.onnx", guess)), subject, sessions)
+    per_inner = (ratio - 1) / guess
+    truth: dict[str, Any] = {"machine": describe_machine(PLACE.threads), "place": asdict(PLACE), "kinds": {}}
+    for kind, wanted in KINDS.items():
+        path = folder / f"{round(100 * wanted)}.onnx"
+        if wanted:
+            slow_down(base, path, round(wanted / per_inner))
+        else:
+            shutil.copy(base, path)
+        value, error = _ratio(file_subject(kind, path), subject, 2 * sessions)
+        truth["kinds"][kind] = {"file": path.name, "wanted": 1 + wanted, "ratio": value, "standard_error": error}
+        print(f"{kind}: {value:.4f} +- {error:.4f}")
+    (folder / "guess.onnx").unlink()
+    (folder / "truth.json").write_text(json.dumps(truth, indent=1) + "\n")
+
+
+@app.command()
+def trials(folder: Path, out: Path, count: int = 40, load: Load = 0) -> None:
+    """Run the gate on every kind so many times, the kinds in turn; a line of JSON a trial."""
+    base = file_subject("base", folder / "base.onnx")
+    kinds = json.loads((folder / "truth.json").read_text())["kinds"]
+    done = [json.loads(line)["kind"] for line in out.read_text().splitlines()] if out.is_file() else []
+    with _busy(load):
+        for number in range(count):
+            for kind, truth in kinds.items():
+                if done.count(kind) > number:
+                    continue
+                verdict = judge(file_subject(kind, folder / truth["file"]), base, SETTINGS, PLACE, plan=PLAN)
+                entry = {"kind": kind, **truth, "load": load, "outcome": verdict.outcome, "clock": verdict.clock}
+                entry |= {"seconds": round(verdict.seconds, 1), "found": verdict.checks[0].found}
+                entry["sessions"] = [_short(s) for s in verdict.sessions]
+                _append(out, entry)
+
+
+@app.command()
+def record(folder: Path, out: Path, count: int = 200, load: Load = 0) -> None:
+    """Record sessions of the base against itself, without stopping, for replays."""
+    base = file_subject("base", folder / "base.onnx")
+    with _busy(load):
+        for _ in range(count):
+            begun = time.monotonic()
+            session = measure_session(base, base, PLACE, SESSION_SECONDS)
+            _append(out, {"load": load, "seconds": round(time.monotonic() - begun, 2), **_short(session)})
+
+
+@app.command()
+def table(paths: list[Path]) -> None:
+    """Print the rates of live trials, each with its exact 95 % binomial interval."""
+    print("| load | kind | true ratio | trials | failed | too noisy | median seconds | largest |")
+    print("|---|---|---|---|---|---|---|---|")
+    for path in paths:
+        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        for load in sorted({e["load"] for e in entries}):
+            for kind in KINDS:
+                found = [e for e in entries if (e["load"], e["kind"]) == (load, kind)]
+                if found:
+                    seconds = [e["seconds"] for e in found]
+                    rates = [_rate(sum(e["outcome"] == o for e in found), len(found)) for o in ("failed", "too noisy")]
+                    cells = [load, kind, f"{found[0]['ratio']:.3f}", len(found), *rates]
+                    print(f"| {' | '.join(map(str, cells))} | {np.median(seconds):.0f} | {max(seconds):.0f} |")
+
+
+@app.command()
+def replay(path: Path, count: int = 5000, seed: int = 0) -> None:
+    """Print the power curve: sessions of the base against itself, slowed by a factor, in drawn blocks of four."""
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    seconds = float(np.mean([e["seconds"] for e in entries]))
+    rng = np.random.default_rng(seed)
+    print(f"{len(entries)} sessions of {seconds:.1f} s, {count} replays a row\n")
+    print("| true ratio | failed | too noisy | median seconds |\n|---|---|---|---|")
+    for ratio in (1.0, 1.01, 1.02, 1.03, 1.04, 1.05, 1.06, 1.08, 1.10):
+        failed = noisy = 0
+        used = []
+        for _ in range(count):
+            starts = rng.integers(0, len(entries), -(-PLAN.sessions // BLOCK))
+            drawn = [entries[(start + i) % len(entries)] for start in starts for i in range(BLOCK)][: PLAN.sessions]
+            clock = choose_clock([_long(e) for e in drawn[: PLAN.looks[0]]], "auto")
+            logs = [e["new"][clock] + float(np.log(ratio)) for e in drawn]
+            decision, sessions, found = run_plan(logs, SETTINGS.max_slowdown, PLAN)
+            failed += decision == "slower"
+            noisy += decision is None and found.visible > SETTINGS.max_slowdown * (1 + SETTINGS.resolution)
+            used.append(sessions * seconds)
+        print(f"| {ratio:g} | {_rate(failed, count)} | {_rate(noisy, count)} | {np.median(used):.0f} |")
+
+
+def _ratio(new: Subject, base: Subject, sessions: int) -> tuple[float, float]:
+    logs = [measure_session(new, base, PLACE, SESSION_SECONDS).new["wall"] for _ in range(sessions)]
+    return float(np.exp(np.mean(logs))), float(np.std(logs, ddof=1) / np.sqrt(sessions))
+
+
+def _rate(hits: int, of: int) -> str:
+    interval = binomtest(hits, of).proportion_ci(method="exact")
+    return f"{100 * hits / of:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def _short(session: Session) -> dict[str, Any]:
+    rounded = {name: {c: round(v, 6) for c, v in value.items()} for name, value in asdict(session).items()}
+    return {name: rounded[name] for name in ("new", "control", "base_ms")}
+
+
+def _long(entry: dict[str, Any]) -> Session:
+    return Session(entry["new"], entry["control"], entry["base_ms"], entry["base_ms"], {})
+
+
+def _append(path: Path, entry: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+@contextmanager
+def _busy(load: int) -> Iterator[None]:
+    workers = [subprocess.Popen([sys.executable, "-c", BURSTS]) for _ in range(load)]
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+if __name__ == "__main__":
+    app()
