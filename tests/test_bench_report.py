@@ -151,7 +151,7 @@ def test_page_is_whole_self_contained_and_escaped(bundle: Bundle) -> None:
         "L01.heads: no heads",
         "3.2",
         "123.0 MB",
-        "70 runs in 10 rounds",
+        "70 runs, 10 rounds",
         "differed by up to 2.1%",
         "cc1 used 99% of a core",
         bundle.manifest.plan["hash"],
