@@ -32,6 +32,7 @@ INTERRUPTED = 130
 EXTRA_OF = {
     "matplotlib": "ci",
     "junitparser": "ci",
+    "mlperf_loadgen": "loadgen",
     "torch": "cpu",
     "transformers": "cpu",
     "onnx": "cpu",

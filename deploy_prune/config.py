@@ -77,7 +77,8 @@ class BenchSettings(BaseModel):
     batches: tuple[PositiveInt, ...] = _field((1,), "Batch sizes.")
     seqs: tuple[PositiveInt, ...] = _field((), "Sequence lengths (default: the budget's).")
     threads: tuple[PositiveInt, ...] = _field((), "Numbers of threads (default: the physical cores).")
-    seconds: float = _field(4.0, "Time for the turns of one cell.", gt=0)
+    scenarios: tuple[str, ...] = _field((), "MLPerf's: single-stream, offline, server (needs the extra loadgen).")
+    seconds: float = _field(4.0, "Time for the turns of one cell, and for each scenario of each model.", gt=0)
     min_rounds: int = _field(10, "Rounds that are taken even if they need longer.", ge=2)
     warmup_seconds: float = _field(3.0, "Time limit of a cell's warm-up; it ends when the models are steady.", gt=0)
     control: bool | None = Field(

@@ -180,6 +180,14 @@ def print_bench(result: dict[str, Any]) -> None:
                 {"none": "no difference", None: ""}.get(m["difference"], m["difference"]),
             )
         out.print(table)
+        for m in lines:
+            for name, found in (m.get("scenarios") or {}).items():
+                ms = found["latency_ms"]
+                said = f"{m['model']}, {name}: {found['samples_per_second']:.1f} runs/s, median {ms['p50']:.2f} ms,"
+                said += f" p99 {ms['p99']:.2f} ms"
+                if name == "server":
+                    said += f", limit {found['limit_ms']:.2f} ms {'kept' if found['limit_kept'] else 'broken'}"
+                out.print(said, highlight=False)
         if (floor := noise[where]["floor"]) is not None:
             said = f"ratio to {result['baseline']}; two processes of the same model differ by up to {100 * floor:.1f}%"
             out.print(said, "", sep="\n", highlight=False)

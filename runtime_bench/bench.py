@@ -23,6 +23,7 @@ from ..progress import Progress
 from ..runtimes import available_runtimes, onnx_runtimes
 from .isolate import Worker, WorkerError
 from .machine import default_threads, describe_machine
+from .scenarios import check_scenarios
 from .stats import noise_floor, ratio_of_medians, summarise_ms, tell_difference
 from .subjects import PRECISIONS, Subject, bundle_subjects, distinct_names, file_subject
 from .timing import Samples, take_turns
@@ -197,6 +198,11 @@ def time_subjects(subjects: Sequence[Subject], place: Place, settings: BenchSett
                 workers.pop(failed.name).close()
         for name, turn in (turns if workers else {}).items():
             timed.described[name] |= turn.sensed()
+            if name != CONTROL:
+                found = {
+                    s: workers[name].call("scenario", name=s, seconds=settings.seconds) for s in settings.scenarios
+                }
+                timed.described[name]["scenarios"] = found
     return timed
 
 
@@ -279,6 +285,8 @@ def _raw(timed: Timed, place: Place) -> Iterator[tuple[str, np.ndarray]]:
 def _check(subjects: Sequence[Subject], settings: BenchSettings) -> None:
     for runtime in settings.runtimes:
         check_runtime(runtime, files=not all(s.variant for s in subjects))
+    if settings.scenarios:
+        check_scenarios(settings.scenarios)
     names = [s.name for s in subjects]
     if twice := [n for n in names if names.count(n) > 1]:
         raise InputError(f"Two models are called '{twice[0]}'.", hint="Name each once.")

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from .memory import forget_peak, peak_rss_bytes, rss_bytes
+from .scenarios import run_scenario
 from .sensors import cpu_energy_uj, energy_between, gpu_energy_mj, gpu_memory_bytes
 from .subjects import Subject
 
@@ -42,6 +43,10 @@ class Cell:
         opening it left resident, what running it adds at its peak, the process's peak, the GPU's, and the file's.
         """
         return {"provider": self.runner.provider, **self.memory}
+
+    def scenario(self, name: str, seconds: float) -> dict[str, Any]:
+        """Run a scenario of MLPerf's for at least so many seconds (see `scenarios`)."""
+        return run_scenario(name, lambda: self.runner.infer(self.feeds), seconds)
 
     def run(self, runs: int) -> dict[str, Any]:
         """Run so many times; return ns of each by the wall, the processor and (where it can be told) the

@@ -191,6 +191,25 @@ def test_any_onnx_files_are_compared(tmp_path: Path) -> None:
     assert feeds["scale"].std() > 0
 
 
+def test_the_scenarios_of_mlperf(bundle: Bundle) -> None:
+    names = ("single-stream", "offline", "server")
+    result = quick(bundle, runtimes=("ort-cpu",), models=("dense", "sliced"), scenarios=names, seconds=0.5)
+    assert result["failures"] == []
+    for m in result["measurements"]:
+        found = m["scenarios"]
+        assert tuple(found) == names
+        for scenario in found.values():
+            assert scenario["samples_per_second"] > 0
+            ms = scenario["latency_ms"]
+            assert 0 < ms["p50"] <= ms["p90"] <= ms["p99"]
+        assert found["single-stream"]["valid"]
+        assert found["offline"]["valid"]
+        server = found["server"]
+        assert server["limit_kept"] == (server["latency_ms"]["p99"] <= server["limit_ms"])
+    with pytest.raises(InputError, match="No scenario 'multi'"):
+        quick(bundle, scenarios=("multi",))
+
+
 def test_a_file_of_a_fixed_shape_is_measured_at_that_shape_alone(bundle: Bundle) -> None:
     """It was once run at its own shape and listed under the one asked for."""
     (fixed,) = export_bundle(bundle, variants=["sliced"], options=Options(shape=(1, 9))).artifacts
