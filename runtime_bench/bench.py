@@ -199,10 +199,12 @@ def time_subjects(subjects: Sequence[Subject], place: Place, settings: BenchSett
         for name, turn in (turns if workers else {}).items():
             timed.described[name] |= turn.sensed()
             if name != CONTROL:
-                found = {
-                    s: workers[name].call("scenario", name=s, seconds=settings.seconds) for s in settings.scenarios
-                }
-                timed.described[name]["scenarios"] = found
+                timed.described[name]["scenarios"] = found = {}
+                for scenario in settings.scenarios:
+                    try:
+                        found[scenario] = workers[name].call("scenario", name=scenario, seconds=settings.seconds)
+                    except WorkerError as error:
+                        timed.failures[name] = error
     return timed
 
 
