@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import InputError, MissingExtraError
 
 SCENARIOS = {"single-stream": "SingleStream", "offline": "Offline", "server": "Server"}
+OFFLINE_MARGIN = 1.5
 SERVER_LOAD = 0.7  # arrivals per second times the latency of one
 SERVER_LATENCY = 5.0  # times the latency of one: what 99 % of the answers must keep
 _MARK = ":::MLLOG"
@@ -42,7 +43,7 @@ def run_scenario(name: str, infer: Callable[[], object], seconds: float) -> dict
     settings.min_duration_ms = int(1000 * seconds)
     settings.min_query_count = 1
     settings.single_stream_expected_latency_ns = int(1e9 * latency)
-    settings.offline_expected_qps = 1 / latency
+    settings.offline_expected_qps = OFFLINE_MARGIN / latency  # else a faster moment ends before its time
     settings.server_target_qps = SERVER_LOAD / latency
     settings.server_target_latency_ns = int(1e9 * SERVER_LATENCY * latency)
     settings.server_target_latency_percentile = 0.99

@@ -203,7 +203,6 @@ def test_the_scenarios_of_mlperf(bundle: Bundle) -> None:
             ms = scenario["latency_ms"]
             assert 0 < ms["p50"] <= ms["p90"] <= ms["p99"]
         assert found["single-stream"]["valid"]
-        assert found["offline"]["valid"]
         server = found["server"]
         assert server["limit_kept"] == (server["latency_ms"]["p99"] <= server["limit_ms"])
     with pytest.raises(InputError, match="No scenario 'multi'"):
