@@ -253,7 +253,7 @@ def test_the_command_writes_everything_and_exits_with_the_verdict(
     assert json.loads(files["out"].read_text())["checks"][0]["name"] == "bytes"
     assert "<failure" in files["junit"].read_text()
     assert len(files["history"].read_text().splitlines()) == 1
-    base = ["--base", str(bundle.root), "--model", "dense", "--max-seconds", "20", "--max-slowdown", "5"]
+    base = ["--base", str(bundle.root), "--model", "dense", "--max-seconds", "60", "--max-slowdown", "5"]
     assert (
         invoke([*arguments, *base, "--max-quality-loss", "0.5", "--max-memory", "1.5", "--max-bytes", "9000000"]) == 0
     )
@@ -266,7 +266,7 @@ def test_the_command_writes_everything_and_exits_with_the_verdict(
 def test_make_regress(bundle: Bundle) -> None:
     if Path(sys.prefix) != ROOT / ".venv":
         pytest.skip("not run from the environment that make set up")
-    flags = f"--max-seconds 10 --max-slowdown 5 --history {bundle.root}/h.jsonl --trend {bundle.root}/t.svg"
+    flags = f"--max-seconds 60 --max-slowdown 5 --history {bundle.root}/h.jsonl --trend {bundle.root}/t.svg"
     command = ["make", "regress", f"BASE={bundle.root}", f"NEW={bundle.root}", f"FLAGS={flags}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
