@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = "1.0"
 Variant = Literal["dense", "virtual", "sliced"]
 VARIANTS: tuple[Variant, ...] = ("dense", "virtual", "sliced")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
 class _Model(BaseModel):

@@ -160,10 +160,12 @@ def _flops(value: float | None) -> str:
 
 def print_bench(result: dict[str, Any]) -> None:
     """Print one table a cell: each model's latency, its process's peak memory, and its ratio to the baseline."""
-    noise = {_where(n): n for n in result["noise"]}
+    from .runtime_bench.bench import place_title
+
+    noise = {place_title(n): n for n in result["noise"]}
     cells: dict[str, list[dict[str, Any]]] = {}
     for m in result["measurements"]:
-        cells.setdefault(_where(m), []).append(m)
+        cells.setdefault(place_title(m), []).append(m)
     for where, lines in cells.items():
         table = Table(title=f"{where} ({lines[0]['provider']})", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         longest = max(len(m["model"]) for m in lines)
@@ -191,7 +193,3 @@ def print_bench(result: dict[str, Any]) -> None:
         if (floor := noise[where]["floor"]) is not None:
             said = f"ratio to {result['baseline']}; two processes of the same model differ by up to {100 * floor:.1f}%"
             out.print(said, "", sep="\n", highlight=False)
-
-
-def _where(entry: dict[str, Any]) -> str:
-    return f"{entry['runtime']}, batch {entry['batch']}, {entry['seq']} tokens, {entry['threads']} threads"

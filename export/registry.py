@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from ..bundle import Artifact
+from ..bundle import PRECISIONS, Artifact
 from ..config import ExportSettings
 from ..errors import InputError, MissingExtraError
 from ..runtimes import Runner
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from ..heads import Head
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 DIALECTS = ("opset18", "opset23", "mha")
 SCHEMES = ("dynamic", "qdq")
 Shape = tuple[int, int]  # batch, sequence

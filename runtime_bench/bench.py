@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import VARIANTS, Bundle, disk_errors
+from ..bundle import PRECISIONS, VARIANTS, Bundle, disk_errors
 from ..config import BenchSettings
 from ..errors import InputError
 from ..progress import Progress
@@ -25,7 +25,7 @@ from .isolate import Worker, WorkerError
 from .machine import default_threads, describe_machine
 from .scenarios import check_scenarios
 from .stats import noise_floor, ratio_of_medians, summarise_ms, tell_difference
-from .subjects import PRECISIONS, Subject, bundle_subjects, distinct_names, file_subject
+from .subjects import Subject, bundle_subjects, distinct_names, file_subject
 from .timing import Samples, take_turns
 
 SCHEMA_VERSION = "2.0"
@@ -348,6 +348,11 @@ def latest_bench(bundle: Bundle) -> dict[str, Any]:
         "noise": list(noise.values()),
         "failures": failures,
     }
+
+
+def place_title(entry: Mapping[str, Any]) -> str:
+    """Say where an entry of a result was measured."""
+    return f"{entry['runtime']}, batch {entry['batch']}, {entry['seq']} tokens, {entry['threads']} threads"
 
 
 def _cell(entry: dict[str, Any]) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..bundle import disk_errors
 from ..errors import InputError, MissingExtraError
+from .bench import place_title
 from .gate import Verdict
 
 MARKS = {"passed": "passed", "failed": "**failed**", "too noisy": "**too noisy to tell**"}
@@ -41,8 +42,7 @@ def as_markdown(verdict: Verdict, name: str) -> str:
     place, machine = verdict.place, verdict.machine
     lines = [f"### Latency gate, {name}: {MARKS[verdict.outcome]}", "", "| check | | found |", "|---|---|---|"]
     lines += [f"| {c.name} | {MARKS[c.outcome]} | {c.text} |" for c in verdict.checks]
-    where = f"{place['runtime']}, batch {place['batch']}, {place['seq']} tokens, {place['threads']} threads"
-    lines += ["", f"{where}; {machine['cpu']}, load {machine['load_1min']:.1f}; {verdict.seconds:.0f} s."]
+    lines += ["", f"{place_title(place)}; {machine['cpu']}, load {machine['load_1min']:.1f}; {verdict.seconds:.0f} s."]
     return "\n".join(lines) + "\n"
 
 

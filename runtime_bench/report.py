@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..bundle import VARIANTS, Bundle, disk_errors, sha256_file, write_atomically
-from .bench import latest_bench
+from .bench import latest_bench, place_title
 
 REPORT = "report.html"
 
@@ -111,16 +111,12 @@ def render_report(bundle: Bundle) -> str:
 
 def _cells(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Group the measurements by cell: {"title", "floor" (of the noise, or None), "models": [measurement]}."""
-    noise = {_where(n): n["floor"] for n in bench["noise"]}
+    noise = {place_title(n): n["floor"] for n in bench["noise"]}
     found: dict[str, dict[str, Any]] = {}
     for m in bench["measurements"]:
-        title = _where(m)
+        title = place_title(m)
         found.setdefault(title, {"title": title, "floor": noise.get(title), "models": []})["models"].append(m)
     return list(found.values())
-
-
-def _where(entry: Mapping[str, Any]) -> str:
-    return f"{entry['runtime']}, batch {entry['batch']}, {entry['seq']} tokens, {entry['threads']} threads"
 
 
 BOUND = {

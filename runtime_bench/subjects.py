@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import VARIANTS, Bundle, Variant
+from ..bundle import PRECISIONS, VARIANTS, Bundle, Variant
 from ..errors import InputError
 from ..runtimes import Runner, open_onnx, open_runner
 
 SEED = 0  # of the token ids
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _VOCABULARY = 1000  # token ids below this suit a file that does not say how many it knows
 

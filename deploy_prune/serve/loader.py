@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from ..bundle import Bundle, Variant
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 MOST_THREADS = 1024
 BATCH_ROWS = 32  # texts per run: memory does not grow with the number of texts
 _SHORT_NAMES = {"ort": "ort-cpu"}
@@ -45,7 +44,7 @@ def load(
     is missing, corrupted or without tokenizer.json, InputError for an unknown runtime, variant or number of
     threads and where the file was not exported, MissingExtraError when the runtime is not installed.
     """
-    from ..bundle import VARIANTS, Bundle
+    from ..bundle import PRECISIONS, VARIANTS, Bundle
 
     if variant not in VARIANTS:
         raise InputError(f"No variant '{variant}'.", hint=f"There are: {', '.join(VARIANTS)}.")
