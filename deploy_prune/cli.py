@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -36,6 +36,7 @@ EXTRA_OF = {
     "torch": "cpu",
     "transformers": "cpu",
     "onnx": "cpu",
+    "plotly": "cpu",
     "onnxruntime": "cpu",
     "scipy": "cpu",
     "openvino": "openvino",
@@ -225,6 +226,42 @@ def bench(
     if not result["measurements"]:
         raise VerdictError("Nothing could be measured.", hint="The lines above say why.")
     screen.print_bench(result)
+
+
+@app.command()
+def report(
+    bundle: BundleArg,
+    form: Annotated[
+        Literal["html", "md"], typer.Option("--format", help="A page, or Markdown for a pull request.")
+    ] = "html",
+    out: Annotated[
+        Path | None, typer.Option(help="File (default: the bundle's report.html; Markdown is printed).")
+    ] = None,
+) -> None:
+    """Write what a bundle holds as one page with figures, or as Markdown.
+
+    [bold]Examples[/bold]
+
+      deploy-prune report bundles/demo
+
+      deploy-prune report bundles/demo --format md --out report.md
+    """
+    from .runtime_bench.report import as_markdown, render_report
+
+    if out is None and form == "html":
+        with locked(bundle):
+            opened = Bundle.open(bundle)
+            _write_report(opened)
+        screen.out.print(str(opened.path("report.html")), soft_wrap=True, highlight=False, markup=False)
+        return
+    opened = Bundle.open(bundle)
+    text = as_markdown(opened) if form == "md" else render_report(opened)
+    if out is None:
+        print(text, end="")
+        return
+    with disk_errors(out):
+        write_atomically(out, text)
+    screen.out.print(str(out), soft_wrap=True, highlight=False, markup=False)
 
 
 app.add_typer(cli_gate.app)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -64,7 +64,7 @@ def bench_bundle(
     """
     settings = _at_length(settings or BenchSettings(), bundle)
     subjects = bundle_subjects(bundle, settings.models or (*VARIANTS, *_lower_precisions(bundle)))
-    result, samples = bench(subjects, settings, progress, leave_out=None if settings.models else _not_there)
+    result, samples = bench(subjects, settings, progress, leave_out=None if settings.models else without_file)
     _store(bundle, result, samples)
     return result
 
@@ -108,7 +108,7 @@ def _lower_precisions(bundle: Bundle) -> list[str]:
     return [f"sliced:{precision}" for precision in PRECISIONS if precision in found and precision != "fp32"]
 
 
-def _not_there(subject: Subject, runtime: str) -> bool:
+def without_file(subject: Subject, runtime: str) -> bool:
     """Say whether a runtime has no file of a lower precision (in fp32 that is a failure, to be shown)."""
     if subject.precision in (None, "fp32"):
         return False
@@ -163,6 +163,7 @@ def bench(
         result["noise"].append({**where, **noise})
         for subject in (s for s in subjects if s.name in timed.samples):
             what = {"model": subject.name, "variant": subject.variant, "precision": subject.precision}
+            what["flops"] = subject.flops(place.batch, place.seq)
             line = _measurement(timed, subject.name, baseline, place.batch, noise["floor"])
             result["measurements"].append({**where, **what, **line})
         arrays |= _raw(timed, place)
@@ -277,11 +278,26 @@ def _ratio(timed: Timed, name: str, baseline: str, clock: str) -> dict[str, floa
 def _raw(timed: Timed, place: Place) -> Iterator[tuple[str, np.ndarray]]:
     """Name the samples of a cell: wall and processor ns of every run, and the round of each."""
     for name, samples in timed.samples.items():
-        stem = f"{place.runtime}/{place.batch}x{place.seq}/t{place.threads}/{name}"
+        stem = _stem({**asdict(place), "model": name})
         lengths = [len(turn) for turn in samples.wall_ns]
         yield f"{stem}/wall_ns", np.array(samples.flat(), np.int64)
         yield f"{stem}/cpu_ns", np.array(samples.flat("cpu"), np.int64)
         yield f"{stem}/round", np.repeat(np.arange(len(lengths)), lengths).astype(np.int32)
+
+
+def _stem(entry: Mapping[str, Any]) -> str:
+    """Name the samples of a model in a cell."""
+    return "{runtime}/{batch}x{seq}/t{threads}/{model}".format_map(entry)
+
+
+def stored_runs(bundle: Bundle, measurements: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Read every run's ms of measurements that `latest_bench` gave, by model; those without samples are left out."""
+    found = {}
+    for m in measurements:
+        if m.get("samples"):
+            with np.load(bundle.path(m["samples"]), allow_pickle=False) as arrays:
+                found[m["model"]] = arrays[f"{_stem(m)}/wall_ns"] / 1e6
+    return found
 
 
 def _check(subjects: Sequence[Subject], settings: BenchSettings) -> None:
@@ -324,8 +340,8 @@ def _store(bundle: Bundle, result: dict[str, Any], samples: dict[str, np.ndarray
 def latest_bench(bundle: Bundle) -> dict[str, Any]:
     """Return the newest measurement of each model in each cell: {"machine", "measurements", "noise", "failures"}.
 
-    Newest first; the machine is that of the newest result, {} when nothing was measured. Results of an older
-    schema are left out.
+    Newest first; the machine is that of the newest result, {} when nothing was measured. A measurement also
+    names its "baseline" and its "samples", the bundle's file of its raw runs. Results of an older schema are left out.
     """
     names = [n for n in bundle.manifest.files if n.startswith("bench/") and n.endswith(".json")]
     results = [json.loads(bundle.path(name).read_text("utf-8")) for name in names]
@@ -338,7 +354,8 @@ def latest_bench(bundle: Bundle) -> dict[str, Any]:
         newer = {key[:4] for key in merged} | {_cell(f) for f in failures}
         failures += [f for f in result["failures"] if _cell(f) not in newer]
         for m in result["measurements"]:
-            merged.setdefault((*_cell(m), m["model"]), m)
+            own = {"samples": result.get("samples"), "baseline": result["baseline"]}
+            merged.setdefault((*_cell(m), m["model"]), m | own)
         for n in result["noise"]:
             noise.setdefault(_cell(n), n)
     machine = results[0]["machine"] if results else {}

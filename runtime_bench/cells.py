@@ -39,10 +39,11 @@ class Cell:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Return the provider that computes, and the memory: of the process before the model was opened, what
-        opening it left resident, what running it adds at its peak, the process's peak, the GPU's, and the file's.
+        """Return the provider that computes, whether it replays CUDA graphs, and the memory: of the process before
+        the model was opened, what opening it left resident, what running it adds at its peak, the process's peak, the
+        GPU's, and the file's.
         """
-        return {"provider": self.runner.provider, **self.memory}
+        return {"provider": self.runner.provider, "cuda_graphs": self.runner.cuda_graphs, **self.memory}
 
     def scenario(self, name: str, seconds: float) -> dict[str, Any]:
         """Run a scenario of MLPerf's for at least so many seconds (see `scenarios`)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,13 @@ def count_onnx(path: str | Path, shapes: Mapping[str, Shape]) -> int:
         return shape
 
     return sum(_node_flops(node, shape_of, path) for node in graph.node)
+
+
+def input_axes(path: str | Path) -> dict[str, tuple[int | None, ...]]:
+    """Return the axes of an ONNX file's inputs by name, None for a free axis."""
+    proto, names = _weightless(Path(path).resolve(), Path(path).stat().st_mtime_ns)
+    values = {v.name: v.type.tensor_type.shape.dim for v in proto.graph.input if v.name in names}
+    return {name: tuple(d.dim_value if d.HasField("dim_value") else None for d in v) for name, v in values.items()}
 
 
 def _node_flops(node: Any, shape_of: Lookup, path: str | Path) -> int:
@@ -102,17 +110,13 @@ _COUNTERS: dict[str, Callable[[Any, Lookup], int]] = {
 
 def _with_shapes(path: Path, shapes: Mapping[str, Shape]) -> Any:
     """Load a graph without its weights, fix its input shapes and infer all others."""
-    try:
-        import onnx
-        import onnx.inliner
-    except ImportError as error:
-        raise MissingExtraError("onnx", "cpu") from error
-    proto = onnx.load(path, load_external_data=False)
-    if proto.functions:
-        proto = onnx.inliner.inline_local_functions(proto)
+    import onnx
+
+    file, names = _weightless(path.resolve(), path.stat().st_mtime_ns)
+    proto = onnx.ModelProto()
+    proto.CopyFrom(file)
     graph = proto.graph
-    initializers = {t.name for t in graph.initializer}
-    inputs = [i for i in graph.input if i.name not in initializers]
+    inputs = [i for i in graph.input if i.name in names]
     if {i.name for i in inputs} != set(shapes):
         raise InputError(
             f"{path} takes {', '.join(i.name for i in inputs)}; shapes were given for {', '.join(shapes)}."
@@ -120,12 +124,6 @@ def _with_shapes(path: Path, shapes: Mapping[str, Shape]) -> Any:
     sizes: dict[str, int] = {}
     for value in inputs:
         _fix(value, shapes[value.name], sizes, path)
-    # Of a float weight only the shape matters: as an input it needs no data, and inference is quick.
-    weights = [t for t in graph.initializer if t.data_type not in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)]
-    graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in weights)
-    small = [t for t in graph.initializer if t.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)]
-    del graph.initializer[:]
-    graph.initializer.extend(small)
     for value in (*graph.value_info, *graph.output):  # what the exporter knew, at these sizes
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in sizes:
@@ -137,8 +135,35 @@ def _with_shapes(path: Path, shapes: Mapping[str, Shape]) -> Any:
     except onnx.shape_inference.InferenceError as error:
         raise InputError(f"The shapes in {path} contradict each other: {error}") from error
     # Inference gives no shapes of initializers that stayed.
-    inferred.value_info.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in small)
+    inferred.value_info.extend(
+        onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in graph.initializer
+    )
     return inferred
+
+
+@lru_cache(maxsize=8)  # a matrix counts the same files at every shape
+def _weightless(path: Path, changed_ns: int) -> tuple[Any, frozenset[str]]:
+    """Load a graph with its functions inlined and its float weights as inputs; return the names of its real inputs.
+
+    Of a float weight only the shape matters: as an input it needs no data, and inference is quick.
+    """
+    try:
+        import onnx
+        import onnx.inliner
+    except ImportError as error:
+        raise MissingExtraError("onnx", "cpu") from error
+    proto = onnx.load(path, load_external_data=False)
+    if proto.functions:
+        proto = onnx.inliner.inline_local_functions(proto)
+    graph = proto.graph
+    initializers = {t.name for t in graph.initializer}
+    inputs = frozenset(i.name for i in graph.input if i.name not in initializers)
+    small = [t for t in graph.initializer if t.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)]
+    weights = [t for t in graph.initializer if t.data_type not in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)]
+    graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in weights)
+    del graph.initializer[:]
+    graph.initializer.extend(small)
+    return proto, inputs
 
 
 def _fix(value: Any, shape: Shape, sizes: dict[str, int], path: Path) -> None:

@@ -7,6 +7,7 @@ and the noise is judged. `sequential` says when that is enough.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -151,6 +152,7 @@ def measure_session(new: Subject, base: Subject | None, place: Place, seconds: f
     cast = [replace(new, name=NEW)]
     if base is not None:
         cast += [replace(base, name=name) for name in (BASE, CONTROL)]
+    random.shuffle(cast)  # which process starts first shall not always favour the same model
     timed = time_subjects(cast, place, BenchSettings(seconds=seconds, warmup_seconds=1.0, min_rounds=4))
     for name, failure in timed.failures.items():
         raise SystemStateError(f"The {'new' if name == NEW else 'base'} model cannot be run: {failure.message}")

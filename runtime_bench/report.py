@@ -1,15 +1,17 @@
-"""Tell what a bundle holds in one page: report.html, and the rows of the table printed at the end. No torch."""
+"""Tell what a bundle holds: as a page (report.html), as Markdown, as the rows of the closing table. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from ..bundle import VARIANTS, Bundle, disk_errors, sha256_file, write_atomically
-from .bench import latest_bench, place_title
+from . import figures
+from .bench import latest_bench, place_title, stored_runs
 
 REPORT = "report.html"
 
@@ -92,16 +94,26 @@ def render_report(bundle: Bundle) -> str:
     environment.filters |= FILTERS
     rows = summary_rows(bundle)
     bench = latest_bench(bundle)
+    cells = _cells(bundle, bench)
+    layers = _layers(bundle)
+    drawn = {
+        "ratios": figures.ratios(bench["measurements"]),
+        "flops": figures.flops_against_latency(bench["measurements"]),
+        "layers": figures.kept_units(layers) if layers else None,
+    }
+    drawn |= {f"cell-{i}": figures.time_shares(cell["runs"]) for i, cell in enumerate(cells) if cell["runs"]}
+    drawn = {name: figure for name, figure in drawn.items() if figure is not None}
     return environment.get_template("report.html.j2").render(
         artifact_bytes=bundle.artifact_bytes,
         manifest=bundle.manifest,
         headline=headline(bundle, rows),
         rows=rows,
         lines=_lines(rows),
-        layers=_layers(bundle),
+        figures={name: Markup(figures.as_html(figure, name)) for name, figure in drawn.items()},
+        plotly=Markup(figures.script()) if drawn else "",
         stages=[stage.model_dump() for stage in bundle.manifest.stages],
         machine=bench["machine"],
-        cells=_cells(bench),
+        cells=cells,
         failures=bench["failures"],
         task=bundle.manifest.task.get("name", "unnamed"),
         declined=_declined,
@@ -109,13 +121,15 @@ def render_report(bundle: Bundle) -> str:
     )
 
 
-def _cells(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Group the measurements by cell: {"title", "floor" (of the noise, or None), "models": [measurement]}."""
+def _cells(bundle: Bundle, bench: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Group the measurements by cell: {"title", "floor" (of the noise, or None), "models", "runs" (ms by model)}."""
     noise = {place_title(n): n["floor"] for n in bench["noise"]}
     found: dict[str, dict[str, Any]] = {}
     for m in bench["measurements"]:
         title = place_title(m)
         found.setdefault(title, {"title": title, "floor": noise.get(title), "models": []})["models"].append(m)
+    for cell in found.values():
+        cell["runs"] = stored_runs(bundle, cell["models"])
     return list(found.values())
 
 
@@ -125,6 +139,48 @@ BOUND = {
     "bytes": "of the whole model's bytes",
     "latency": "of the whole model's latency",
 }
+
+
+def as_markdown(bundle: Bundle) -> str:
+    """Return the summary for a pull request: the sentence, the table, every measured ratio, and the machine."""
+    model, bench = bundle.manifest.model, latest_bench(bundle)
+    rows = summary_rows(bundle)
+    name = model.get("name") or model.get("source", "model")
+    lines = [f"### {name}, {bundle.manifest.task.get('name', 'unnamed')}", "", headline(bundle, rows), ""]
+    lines += _table(["", *(row["variant"] for row in rows)], [[_labelled(x), *x["cells"]] for x in _lines(rows)])
+    measured = [m for m in bench["measurements"] if m["difference"] is not None]
+    if measured:
+        said = {"none": "no difference"}
+        lines += ["", "<details><summary>Every measurement</summary>", ""]
+        lines += _table(
+            ["", "model", "median ms", "p95", "ratio (95 %)", "", "peak memory"],
+            [
+                [
+                    place_title(m),
+                    m["model"],
+                    *(f"{m['latency_ms'][key]:.2f}" for key in ("median", "p95")),
+                    show_ratio(m["ratio"]),
+                    said.get(m["difference"], m["difference"]),
+                    show_bytes(m["peak_rss_bytes"]),
+                ]
+                for m in measured
+            ],
+        )
+        lines += ["", "</details>"]
+    lines += [f"- not measured: {place_title(f)}, {f['model']}: {f['reason']}" for f in bench["failures"]]
+    if machine := bench["machine"]:
+        lines += ["", f"{machine['cpu']}, {machine['threads']} threads, load {machine['load_1min']:.1f} at the start."]
+    return "\n".join(lines) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+
+
+def _labelled(line: Mapping[str, Any]) -> str:
+    return f"{line['label']} ({line['note']})" if line["note"] else str(line["label"])
 
 
 def budget_line(budget: Mapping[str, Any]) -> str:
@@ -158,7 +214,23 @@ def headline(bundle: Bundle, rows: list[dict[str, Any]]) -> str:
         said.append(f"Its {sliced['metric']} is {sliced['value']:.4f}; the dense model's is {dense['value']:.4f}.")
     elif sliced["agreement"] is not None:
         said.append(f"It decides as the dense model does on {percent(sliced['agreement'])} of the rows.")
+    if speed and (faster := _fastest(bundle, speed)):
+        precision, times = faster["precision"], faster["ratio"]["value"]
+        said.append(
+            f"In {precision} it takes {times:.2f} times the dense one's fp32; what that costs stands with the files."
+        )
     return " ".join(said) or "Nothing has been measured yet."
+
+
+def _fastest(bundle: Bundle, speed: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the measurement of the fastest lower precision of the sliced model in a cell, if it beats dense."""
+    there = ("runtime", "batch", "seq", "threads")
+    lower = [
+        m
+        for m in latest_bench(bundle)["measurements"]
+        if m["model"].startswith("sliced:") and m["difference"] == "faster" and all(m[k] == speed[k] for k in there)
+    ]
+    return min(lower, key=lambda m: m["ratio"]["value"], default=None)
 
 
 def _lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

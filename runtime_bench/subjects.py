@@ -45,6 +45,20 @@ class Subject:
             return file_feeds(self.rows, runner, batch, seq)
         return bundle_feeds(Bundle.open(self.path, verify=False), runner, batch, seq)
 
+    def flops(self, batch: int, seq: int) -> int | None:
+        """Return the FLOPs (2 x MAC) of a run, counted on the ONNX file (a bundle's: of fp32), or None without one."""
+        if self.variant is None:
+            return _file_flops(Path(self.path), batch, seq)
+        bundle = Bundle.open(self.path, verify=False)
+        kinds = [(a.variant, a.format, a.precision, a.shape) for a in bundle.manifest.artifacts]
+        wanted = (self.variant, "onnx", "fp32", None)
+        if wanted not in kinds:
+            return None
+        from .flops import count_onnx
+
+        path = bundle.path(bundle.manifest.artifacts[kinds.index(wanted)].path)
+        return count_onnx(path, dict.fromkeys(bundle.manifest.model["inputs"], (batch, seq)))
+
 
 def bundle_subjects(bundle: Bundle, models: Sequence[str], prefix: str = "") -> list[Subject]:
     """Read models as "sliced" or "sliced:int8". Raises InputError for a variant or precision that there is not."""
@@ -107,9 +121,7 @@ def file_feeds(rows: Mapping[str, int], runner: Runner, batch: int, seq: int) ->
     """
     feeds = {}
     for spec in runner.inputs:
-        shape = tuple(
-            axis if isinstance(axis, int) else batch if place == 0 else seq for place, axis in enumerate(spec.shape)
-        )
+        shape = _filled(spec.shape, batch, seq)
         if spec.name in _TOKEN_INPUTS and len(shape) == 2 and shape != (batch, seq):
             raise InputError(f"This file is fixed to {shape[0]}x{shape[1]}.", hint="Bench it at that batch and length.")
         tokens = _token_feeds(shape, rows.get(spec.name, _VOCABULARY), pad_id=None)
@@ -120,6 +132,21 @@ def file_feeds(rows: Mapping[str, int], runner: Runner, batch: int, seq: int) ->
         else:
             feeds[spec.name] = np.zeros(shape, spec.dtype)
     return feeds
+
+
+def _filled(axes: Sequence[int | str | None], batch: int, seq: int) -> tuple[int, ...]:
+    """Give the free axes of a file's input their size: the first is the batch, any other the sequence."""
+    return tuple(axis if isinstance(axis, int) else batch if place == 0 else seq for place, axis in enumerate(axes))
+
+
+def _file_flops(path: Path, batch: int, seq: int) -> int | None:
+    """Count a file's FLOPs, or return None for one that holds a node which cannot be counted."""
+    from .flops import count_onnx, input_axes
+
+    try:
+        return count_onnx(path, {name: _filled(axes, batch, seq) for name, axes in input_axes(path).items()})
+    except InputError:
+        return None
 
 
 def _token_feeds(shape: tuple[int, ...], vocabulary: int, pad_id: int | None) -> Mapping[str, np.ndarray]:

@@ -16,7 +16,7 @@ from deploy_prune.bundle import VARIANTS, Bundle
 from deploy_prune.config import BenchSettings, load_settings
 from deploy_prune.errors import InputError
 from deploy_prune.export import Options, export_bundle
-from deploy_prune.runtime_bench.bench import bench_bundle, bench_paths, latest_bench
+from deploy_prune.runtime_bench.bench import bench_bundle, bench_paths, latest_bench, stored_runs
 from deploy_prune.runtime_bench.subjects import bundle_feeds, distinct_names, file_feeds, file_subject
 from deploy_prune.runtimes import open_onnx, open_runner
 
@@ -104,7 +104,11 @@ def test_the_same_settings_replace_and_others_are_merged(bundle: Bundle) -> None
     assert len(list((bundle.root / "bench").iterdir())) == 4
     merged = latest_bench(bundle)
     assert [m["seq"] for m in merged["measurements"]] == [4, 9]
-    assert merged["measurements"][0] == last["measurements"][0]
+    where = {"samples": last["samples"], "baseline": "sliced"}
+    assert merged["measurements"][0] == last["measurements"][0] | where
+    assert merged["measurements"][0]["flops"] > 0
+    runs = stored_runs(bundle, merged["measurements"][:1])["sliced"]
+    assert np.median(runs) == pytest.approx(last["measurements"][0]["latency_ms"]["median"])
     assert merged["machine"] == last["machine"]
     assert [n["seq"] for n in merged["noise"]] == [4, 9]
 

@@ -21,7 +21,8 @@ from deploy_prune import screen
 from deploy_prune.cli import app, invoke
 
 STAGES = ("calibrate", "score", "search", "rearrange", "compensate", "evaluate", "export", "bench")
-COMMANDS = ("run", "prune", "slice", "export", "verify", "bench", "gate", "probe", "experiment", "inspect", "doctor")
+COMMANDS = ("run", "prune", "slice", "export", "verify", "bench", "report", "gate", "probe", "experiment", "inspect")
+COMMANDS = (*COMMANDS, "doctor")
 
 
 class Workplace:

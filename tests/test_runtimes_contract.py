@@ -142,7 +142,7 @@ def test_only_tensorrt_writes_a_compiled_graph(tmp_path: Path) -> None:
         OrtRunner(tmp_path / "m.onnx", "cuda", context_file=tmp_path / "c.onnx")
 
 
-@pytest.mark.parametrize("runtime", ["torch-cuda", "torch-compile-cuda"])
+@pytest.mark.parametrize("runtime", ["torch-cuda", "torch-compile-cuda", "torch-graphs-cuda"])
 def test_torch_on_a_gpu_says_that_there_is_none(runtime: str, tmp_path: Path) -> None:
     import torch
 

