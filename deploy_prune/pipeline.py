@@ -160,11 +160,12 @@ def slice_given(
         share = encoder_flops(groups, seq_len, plan) / encoder_flops(groups, seq_len)
         bundle.manifest.budget = {"kind": "masks", "keep": share, "seq_len": seq_len}
         bundle.manifest.task = _task_entry(task, head, task_data)
+        recipe = Recipe(model=model, task=task, data=data, out=str(out))
+        bundle.manifest.recipe = recipe.model_dump(mode="json")
         _fill(bundle, variants, dense, head, model)
         with recorder.stage("evaluate") as record, reporter.stage("evaluate") as progress:
             record["rows"] = evaluate(bundle, variants, task_data, head, torch.device("cpu"), progress)
         _store(bundle, variants, dense, recorder)
-        recipe = Recipe(model=model, task=task, data=data, out=str(out))
         _finish(bundle, variants.items(), recipe, recorder, reporter, export=False, bench=False)
         return publish(bundle, out)
 

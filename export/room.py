@@ -25,7 +25,7 @@ from .registry import Feeds, Kind, Options, Skipped, Source, available_exporters
 if TYPE_CHECKING:
     from torch import nn
 
-RECIPE = 2  # raised when the same options make another file
+RECIPE = 3  # raised when the same options make another file
 # Options that only some kinds of file depend on; what a kind itself says is none.
 _STATIC_INT8 = ("calibrate_by", "calibration_rows")
 _ENGINES = (

@@ -18,6 +18,7 @@ from deploy_prune.bundle import VARIANTS, Bundle
 from deploy_prune.checkpoint import head_of, load_variant
 from deploy_prune.config import load_recipe
 from deploy_prune.errors import InputError, VerdictError
+from deploy_prune.export import evaluation_of
 from deploy_prune.pipeline import run, slice_given
 from deploy_prune.runtime_bench.flops import count_onnx
 from deploy_prune.runtimes import open_runner
@@ -194,6 +195,16 @@ def test_slice_by_given_masks_folds_tuned_values(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has 2 layers"):
         slice_given(str(model), [tmp_path / "short.npz"], tmp_path / "b9")
     assert not (tmp_path / "b9").exists()
+
+
+def test_a_bundle_of_given_masks_remembers_its_data(tmp_path: Path) -> None:
+    """Static int8 was once refused for such a bundle: it did not say what it was evaluated on."""
+    model, rows = checkpoint(tmp_path / "model"), data(tmp_path / "data")
+    np.savez(tmp_path / "masks.npz", neuron_mask=np.eye(3, 24))
+    made = slice_given(str(model), [tmp_path / "masks.npz"], tmp_path / "b", task="text-classification", data=str(rows))
+    found = evaluation_of(Bundle.open(made.root))
+    assert found is not None
+    assert len(found.data.evaluation) == 24
 
 
 def test_python_api_on_a_loaded_module(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ python $S make encoders/bert-base-random shapes/bert-base        # bundles at 0.
 python $S measure shapes/bert-base bert-base.jsonl --runtimes ort-cpu,openvino,torch-compile
 python $S table bert-base.jsonl
 python $S profile shapes/bert-base --precision int8      # where the time of ONNX Runtime goes, operator by operator
+python $S fusion shapes/bert-base                        # residuals as Sum (as exported) against Add, which gets fused
 A plan keeps early layers whole and late ones nearly empty, as searched plans do. `measure` goes on where it stopped.
 `--align 16` rounds the neurons kept; `--data` is what static int8 (OpenVINO) is calibrated on.
 """
@@ -29,8 +30,8 @@ from deploy_prune.config import BenchSettings
 from deploy_prune.costs import encoder_flops, unit_flops
 from deploy_prune.export import Options, evaluation_of, export_bundle
 from deploy_prune.pipeline import slice_given
-from deploy_prune.runtime_bench.bench import bench, without_file
-from deploy_prune.runtime_bench.subjects import Subject, bundle_subjects
+from deploy_prune.runtime_bench.bench import Place, bench, time_subjects, without_file
+from deploy_prune.runtime_bench.subjects import Subject, bundle_subjects, file_subject
 from deploy_prune.units import UnitGroup
 
 KEEPS = (0.7, 0.5, 0.3)
@@ -56,10 +57,12 @@ def make(
         variants = ("dense", "virtual", "sliced") if keep == KEEPS[1] else ("sliced",)
         options = Options()
         evaluation = evaluation_of(bundle) if data else None
-        export_bundle(
+        made = export_bundle(
             bundle, formats=formats, precisions=precisions, variants=variants, options=options, evaluation=evaluation
-        ).check()
+        )
+        made.check()
         bundle.commit()
+        print("\n".join(made.left_out()))
         print(f"{out}: {bundle.manifest.budget['keep']:.4f} of the encoder's FLOPs at {length} tokens")
 
 
@@ -164,6 +167,28 @@ def profile(
     total = {variant: sum(ms.values()) for variant, ms in found.items()}
     ratio = total["sliced"] / total["dense"]
     print(f"| all | {total['dense']:.3f} | {total['sliced']:.3f} | {ratio:.2f} |")
+
+
+@app.command()
+def fusion(folder: Path, batch: int = 1, seq: int = 128, threads: int = 2, rounds: int = 20) -> None:
+    """Print what ONNX Runtime takes for the exported files and for copies whose residuals are Adds, which it fuses."""
+    import onnx
+
+    bundle = Bundle.open(folder / f"{KEEPS[1]:g}")
+    print("| model | Sum ms | Add ms | Sum / Add |\n|---|---|---|---|")
+    for (subject,) in (bundle_subjects(bundle, [name]) for name in ("dense", "sliced", "dense:int8", "sliced:int8")):
+        runner: Any = subject.open("ort-cpu", threads)
+        proto = onnx.load(runner.path)
+        for node in proto.graph.node:
+            if node.op_type == "Sum":
+                node.op_type = "Add"
+        with tempfile.TemporaryDirectory() as scratch:
+            onnx.save(proto, Path(scratch) / "add.onnx")
+            pair = [file_subject("sum", runner.path), file_subject("add", Path(scratch) / "add.onnx")]
+            settings = BenchSettings(seconds=4.0, min_rounds=rounds)
+            samples = time_subjects(pair, Place("ort-cpu", batch, seq, threads), settings).samples
+        sums, adds = (np.median(samples[name].rounds()) / 1e6 for name in ("sum", "add"))
+        print(f"| {subject.name} | {sums:.2f} | {adds:.2f} | {sums / adds:.3f} |")
 
 
 def operator_ms(path: Path, feeds: dict[str, np.ndarray], threads: int, runs: int = 30) -> dict[str, float]:
