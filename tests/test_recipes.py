@@ -26,7 +26,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "experiments"
 def recipes_path(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(RECIPES))
     yield
-    for name in ("shapes", "gate_trials"):
+    for name in ("shapes", "gate_trials", "tables"):
         sys.modules.pop(name, None)
 
 
@@ -48,6 +48,7 @@ def test_ragged_plans_keep_their_share(keep: float) -> None:
 
 def test_shapes_are_made_measured_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import shapes
+    import tables
 
     model = checkpoint(tmp_path / "model")
     shapes.make(model, tmp_path / "bundles", length=12)
@@ -60,9 +61,10 @@ def test_shapes_are_made_measured_and_shown(tmp_path: Path, capsys: pytest.Captu
     assert [(r["settings"]["batches"], len(r["measurements"])) for r in results] == [([1], 9), ([2], 9)]
     assert all(m["flops"] for r in results for m in r["measurements"])
     capsys.readouterr()
-    shapes.table([out])
-    rows = capsys.readouterr().out.splitlines()
-    assert [len(row.split(" | ")) for row in rows if "---" not in row] == [10, 10, 10]
+    shapes.keep(out, tmp_path / "tiny-shapes.json")
+    rows = tables.shapes_table(tmp_path / "tiny-shapes.json").splitlines()[2:]
+    assert [len(row.split(" | ")) for row in rows if "---" not in row] == [15, 15, 15]
+    assert [row.split(" | ")[1] for row in rows[2:]] == ["1 x 8", "2 x 8"]
     shapes.profile(tmp_path / "bundles", batch=1, seq=8, threads=1)
     assert "| all | " in capsys.readouterr().out
 

@@ -4,7 +4,7 @@ S=recipes/experiments/shapes.py
 python recipes/experiments/encoders.py bert-base-random --out encoders/bert-base-random
 python $S make encoders/bert-base-random shapes/bert-base        # bundles at 0.7, 0.5 and 0.3 of the FLOPs
 python $S measure shapes/bert-base bert-base.jsonl --runtimes ort-cpu,openvino,torch-compile
-python $S table bert-base.jsonl
+python $S keep bert-base.jsonl docs/results/bert-base-shapes.json    # tables.py makes the table
 python $S profile shapes/bert-base --precision int8      # where the time of ONNX Runtime goes, operator by operator
 python $S fusion shapes/bert-base                        # residuals as Sum (as exported) against Add, which gets fused
 A plan keeps early layers whole and late ones nearly empty, as searched plans do. `measure` goes on where it stopped.
@@ -24,7 +24,7 @@ import numpy as np
 import typer
 
 from deploy_prune.archs import arch_of
-from deploy_prune.bundle import Bundle
+from deploy_prune.bundle import Bundle, write_atomically
 from deploy_prune.checkpoint import load_dense
 from deploy_prune.config import BenchSettings
 from deploy_prune.costs import encoder_flops, unit_flops
@@ -134,18 +134,21 @@ def measure(
 
 
 @app.command()
-def table(paths: list[Path]) -> None:
-    """Print the ratios of latency to dense beside those of FLOPs."""
-    for path in paths:
-        results = [json.loads(line) for line in path.read_text().splitlines()]
-        names = list(dict.fromkeys(m["model"] for r in results for m in r["measurements"] if m["model"] != "dense"))
-        print(f"| {path.stem} | noise | {' | '.join(names)} |\n|---|---|" + "---|" * len(names))
-        for result in sorted(results, key=_place):
-            by_name = {m["model"]: m for m in result["measurements"]}
-            runtime, batch, seq, _ = _place(result)
-            floor = result["noise"][0]["floor"]
-            cells = [_cell(by_name.get(name), by_name["dense"]) for name in names] if "dense" in by_name else []
-            print(f"| {runtime} {batch} x {seq} | {'-' if floor is None else f'{floor:.3f}'} | {' | '.join(cells)} |")
+def keep(path: Path, out: Path) -> None:
+    """Write what `measure` found as one JSON document without the details, for docs/results."""
+    results = sorted((json.loads(line) for line in path.read_text().splitlines()), key=_place)
+    kept = ("latency_ms", "ratio", "difference", "flops", "peak_rss_bytes", "resident_bytes", "file_bytes", "rounds")
+    cells = [
+        {
+            **dict(zip(("runtime", "batch", "seq", "threads"), _place(result), strict=True)),
+            "noise_floor": result["noise"][0]["floor"],
+            "models": {m["model"]: {key: m[key] for key in kept} for m in result["measurements"]},
+            "failures": {f["model"]: f["reason"] for f in result["failures"]},
+        }
+        for result in results
+    ]
+    document = {"shape": path.stem, "machine": results[0]["machine"], "cells": cells}
+    write_atomically(out, json.dumps(document, indent=1) + "\n")
 
 
 @app.command()
@@ -209,13 +212,6 @@ def operator_ms(path: Path, feeds: dict[str, np.ndarray], threads: int, runs: in
         name = event["args"]["op_name"]
         found[name] = found.get(name, 0.0) + event["dur"] / 1000 / runs
     return found
-
-
-def _cell(m: dict[str, Any] | None, dense: dict[str, Any]) -> str:
-    if m is None or m["ratio"] is None:
-        return "-"
-    share = f" / {m['flops'] / dense['flops']:.3f}" if m["flops"] and dense["flops"] else ""
-    return f"{m['ratio']['value']:.3f}{share}"
 
 
 def _said(m: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -129,7 +129,42 @@ def precisions_table(path: Path) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"precisions": precisions_table, "demo": demo_table, "bench": bench_table}
+def shapes_table(path: Path) -> str:
+    """Return for every cell the ratios of latency to dense beside those of FLOPs, by shapes.py."""
+    document = json.loads(path.read_text("utf-8"))
+    cells, machine = document["cells"], document["machine"]
+    keeps = [name.removesuffix(" fp32") for name in cells[0]["models"] if name.endswith(" fp32")]
+    head = ["runtime", "batch x tokens", "dense ms", "noise", "virtual", "dense int8"]
+    head += [f"{keep}: {what}" for keep in keeps for what in ("FLOPs", "fp32", "int8")]
+    lines = [
+        f"{document['shape']}; {machine['cpu']}, {' '.join(machine['cpu_flags'])}, {cells[0]['threads']} threads;"
+        f" onnxruntime {machine['versions'].get('onnxruntime')}, openvino {machine['versions'].get('openvino')},"
+        f" torch {machine['versions'].get('torch')}.",
+        "",
+        f"| {' | '.join(head)} |",
+        "|---|" + "---|" * (len(head) - 1),
+    ]
+    for cell in sorted(cells, key=lambda c: (c["runtime"], c["batch"], c["seq"])):
+        models = cell["models"]
+
+        def ratio(name: str, models: dict[str, Any] = models) -> str:
+            return f"{models[name]['ratio']['value']:.3f}" if name in models else "-"
+
+        dense = models["dense"]
+        row = [cell["runtime"], f"{cell['batch']} x {cell['seq']}", f"{dense['latency_ms']['median']:.1f}"]
+        row += [
+            "-" if cell["noise_floor"] is None else f"{cell['noise_floor']:.3f}",
+            ratio("virtual"),
+            ratio("dense:int8"),
+        ]
+        for keep in keeps:
+            share = models[f"{keep} fp32"]["flops"] / dense["flops"] if f"{keep} fp32" in models else None
+            row += ["-" if share is None else f"{share:.3f}", ratio(f"{keep} fp32"), ratio(f"{keep} int8")]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+TABLES = {"shapes": shapes_table, "precisions": precisions_table, "demo": demo_table, "bench": bench_table}
 
 
 def main(
