@@ -162,7 +162,7 @@ def bench(
         noise = _noise(timed, baseline)
         result["noise"].append({**where, **noise})
         for subject in (s for s in subjects if s.name in timed.samples):
-            what = {"model": subject.name, "variant": subject.variant, "precision": subject.precision}
+            what: dict[str, Any] = {"model": subject.name, "variant": subject.variant, "precision": subject.precision}
             what["flops"] = subject.flops(place.batch, place.seq)
             line = _measurement(timed, subject.name, baseline, place.batch, noise["floor"])
             result["measurements"].append({**where, **what, **line})

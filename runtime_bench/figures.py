@@ -24,7 +24,7 @@ UNITS = {"heads": "#3b82d6", "neurons": "#dd7a2b"}
 def kept_units(layers: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw for each layer what share of each kind of unit stays; `layers` as {"layer", kind: {"kept", "total"}}."""
     kinds = list(dict.fromkeys(kind for layer in layers for kind in layer if kind != "layer"))
-    traces = []
+    traces: list[dict[str, Any]] = []
     for kind in kinds:
         rows = [(layer["layer"], layer[kind]) for layer in layers if kind in layer]
         traces.append(
