@@ -167,7 +167,8 @@ def as_markdown(bundle: Bundle) -> str:
             ],
         )
         lines += ["", "</details>"]
-    lines += [f"- not measured: {place_title(f)}, {f['model']}: {f['reason']}" for f in bench["failures"]]
+    reasons = [(f, f["reason"].splitlines()[0]) for f in bench["failures"]]
+    lines += ["", *(f"- not measured: {place_title(f)}, {f['model']}: {reason}" for f, reason in reasons)]
     if machine := bench["machine"]:
         lines += ["", f"{machine['cpu']}, {machine['threads']} threads, load {machine['load_1min']:.1f} at the start."]
     return "\n".join(lines) + "\n"

@@ -196,7 +196,7 @@ def test_markdown_says_what_the_page_says(bundle: Bundle) -> None:
         "| ort-cpu, batch 1, 12 tokens, 2 threads | sliced | 5.00 | 5.50 | 0.50 (0.45 to 0.55) | faster | 123.0 MB |"
         in rows
     )
-    assert "- not measured: ort-cpu, batch 1, 12 tokens, 2 threads, virtual: <broken> file" in text
+    assert "\n\n- not measured: ort-cpu, batch 1, 12 tokens, 2 threads, virtual: <broken> file\n" in text
     assert len({line.count(" | ") for line in rows[:4] if "---" not in line}) == 1  # as many cells in every row
 
 
