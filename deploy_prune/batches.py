@@ -18,15 +18,20 @@ CHUNK_ROWS = 32
 
 @dataclass
 class Batch:
-    """Hold one padded chunk: inputs (B, T), labels or None, and each row's index in the original order."""
+    """Hold one padded chunk: inputs (B, T) or (B, C, H, W), and each row's index in the original order.
+
+    `mask` (B, T) is 1 where the model's tokens are real and 0 on padding. Labels may be None.
+    """
 
     inputs: dict[str, Tensor]
+    mask: Tensor
     labels: Tensor | None
     index: list[int]
 
     def to(self, device: torch.device) -> Batch:
         labels = None if self.labels is None else self.labels.to(device)
-        return Batch({k: v.to(device) for k, v in self.inputs.items()}, labels, self.index)
+        inputs = {k: v.to(device) for k, v in self.inputs.items()}
+        return Batch(inputs, self.mask.to(device), labels, self.index)
 
 
 class Batches:
@@ -47,12 +52,18 @@ class Batches:
     def collate(self, chunk: list[int]) -> Batch:
         rows = [self.rows[i] for i in chunk]
         length = max(r.length for r in rows)
-        inputs = {}
-        for name in rows[0].features:
-            array = np.full((len(rows), length), self.pad_id if name == "input_ids" else 0, dtype=np.int64)
-            for i, r in enumerate(rows):
-                array[i, : r.length] = r.features[name]
-            inputs[name] = torch.from_numpy(array)
+        mask = np.zeros((len(rows), length), dtype=np.int64)
+        for i, r in enumerate(rows):
+            mask[i, : r.length] = 1
+        inputs = {name: torch.from_numpy(self._stack(rows, name, length)) for name in rows[0].features}
         labels: list[Any] = [r.label for r in rows]
         known = None if any(label is None for label in labels) else self.head.collate_labels(labels, length)
-        return Batch(inputs, known, chunk)
+        return Batch(inputs, inputs.get("attention_mask", torch.from_numpy(mask)), known, chunk)
+
+    def _stack(self, rows: Sequence[Row], name: str, length: int) -> np.ndarray:
+        if rows[0].tokens is not None:  # images are all of one size
+            return np.stack([r.features[name] for r in rows])
+        array = np.full((len(rows), length), self.pad_id if name == "input_ids" else 0, dtype=np.int64)
+        for i, r in enumerate(rows):
+            array[i, : r.length] = r.features[name]
+        return array

@@ -64,7 +64,7 @@ class Artifact(_Model):
     source: str | None = None  # the artifact that this one was built from
     parity: Parity
     quality: dict[str, Any] | None = None  # of lower precisions, on the evaluation rows
-    signature: dict[str, list[str]] = Field(default_factory=dict)  # inputs and outputs, where the file has no names
+    signature: dict[str, list[Any]] = Field(default_factory=dict)  # inputs and outputs, where the file has no names
     engine: dict[str, Any] | None = None  # builder, versions, profile and GPUs of an engine
     reproduce: list[str] = Field(default_factory=list)  # command lines that build it again from `source`
 
@@ -114,7 +114,7 @@ class Manifest(_Model):
 
 @dataclass
 class GoldenCase:
-    """Hold one batch of inputs (B, T) int64 and the outputs of each variant on it, float32."""
+    """Hold one batch of inputs, (B, T) int64 or (B, C, H, W) float32, and each variant's outputs on it, float32."""
 
     inputs: dict[str, np.ndarray]
     outputs: dict[str, dict[str, np.ndarray]]  # variant -> output name -> array

@@ -87,7 +87,7 @@ def calibrate(
             masks = {g.name: torch.ones(size, g.size, device=device, requires_grad=True) for g in groups}
             for g in groups:
                 consumer, sums = model.get_submodule(g.consumer), seen[g.name]
-                before = _mask_hook(masks[g.name], g.width, sums, batch.inputs["attention_mask"])
+                before = _mask_hook(masks[g.name], g.width, sums, batch.mask)
                 stack.callback(consumer.register_forward_pre_hook(before).remove)
                 stack.callback(consumer.register_forward_hook(_gradient_hook(sums, index)).remove)
             stack.enter_context(torch.enable_grad())
@@ -98,17 +98,17 @@ def calibrate(
             if label_free:
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
                 detached = {k: v.detach() for k, v in outputs.items()}
-                labels = head.draw_labels(detached, batch.inputs["attention_mask"], generator)
+                labels = head.draw_labels(detached, batch.mask, generator)
             elif batch.labels is None:
                 raise InputError("Some calibration rows have no label.", hint="Use label-free calibration.")
             else:
                 labels = batch.labels
-            loss = head.loss(outputs, labels, batch.inputs["attention_mask"])  # (B,)
+            loss = head.loss(outputs, labels, batch.mask)  # (B,)
             grads = torch.autograd.grad(loss.sum(), [masks[g.name] for g in groups])
         for g, grad in zip(groups, grads, strict=True):
             gradients[g.name].index_copy_(0, index, grad.float())
         loss_sum += loss.detach().double().sum()
-        tokens += batch.inputs["attention_mask"].sum()
+        tokens += batch.mask.sum()
         progress((number + 1) / len(batches))
     for p in trainable:
         p.requires_grad_(True)
@@ -142,10 +142,13 @@ def sample_indices(total: int, samples: int, seed: int) -> list[int]:
 
 
 def hash_rows(rows: Sequence[Row]) -> str:
-    """Return the SHA-256 of the token ids of the rows, in order."""
+    """Return the SHA-256 of the rows' token ids or pixels, in order."""
     digest = hashlib.sha256()
     for r in rows:
-        digest.update(r.features["input_ids"].astype("<i8").tobytes())
+        if r.tokens is None:
+            digest.update(r.features["input_ids"].astype("<i8").tobytes())
+        else:
+            digest.update(r.features["pixel_values"].astype("<f4").tobytes())
         digest.update(b"|")
     return digest.hexdigest()
 

@@ -18,7 +18,9 @@ from .archs import arch_of, check_config
 from .bundle import Bundle, Variant, disk_errors, sha256_file
 from .errors import BundleError, InputError, SystemStateError, UnsupportedModelError
 from .heads import Head
+from .images import ImageProcessor
 from .masking import OutputWeights, mask_model
+from .signature import PIXELS, takes_images
 from .tasks.base import HeadKind
 
 AUTO_CLASSES: dict[HeadKind, str] = {
@@ -28,16 +30,23 @@ AUTO_CLASSES: dict[HeadKind, str] = {
     "qa": "AutoModelForQuestionAnswering",
     "embedding": "AutoModel",
 }
+IMAGE_CLASS = "AutoModelForImageClassification"
+PROCESSOR_FILE = "preprocessor_config.json"
 
 
 @dataclass
 class Dense:
-    """Hold a loaded dense model in fp32 evaluation mode, its tokenizer, and where its weights came from."""
+    """Hold a loaded dense model in fp32 evaluation mode, its tokenizer or image processor, and its weights' origin."""
 
     model: Any
-    tokenizer: Any
+    processor: Any
     source: str
     sha256: str
+
+    @property
+    def pad_id(self) -> int:
+        """Return the token id that rows are padded with; 0 for images."""
+        return int(getattr(self.processor, "pad_token_id", None) or 0)
 
 
 def load_config(source: str) -> Any:
@@ -54,11 +63,13 @@ def load_dense(source: str, head: HeadKind) -> Dense:
     Models compute in fp32 whatever the file holds. Raises InputError when it is not there, lacks
     weights (a head that was never trained), or holds NaN or Inf.
     """
-    load_config(source)
-    auto = getattr(transformers, AUTO_CLASSES[head])
+    images = takes_images(load_config(source))
+    if images and head != "classification":
+        raise InputError(f"{source} takes images: it can only classify them here.", hint="Name an image task.")
+    auto = getattr(transformers, IMAGE_CLASS if images else AUTO_CLASSES[head])
     with _loading(source), quiet_transformers():
         model, info = auto.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        processor = load_processor(source) if images else transformers.AutoTokenizer.from_pretrained(source)
     missing = sorted(k for k in info["missing_keys"] if not (head == "embedding" and "pooler" in k))
     if missing:
         raise InputError(
@@ -68,7 +79,12 @@ def load_dense(source: str, head: HeadKind) -> Dense:
     if head == "embedding" and getattr(model, "pooler", None) is not None:
         model.pooler = None  # embeddings are pooled from the hidden states
     check_weights(model, source)
-    return Dense(model.eval(), tokenizer, source, _hash_source(source))
+    return Dense(model.eval(), processor, source, _hash_source(source))
+
+
+def load_processor(source: str) -> ImageProcessor:
+    """Read the image processor of a checkpoint, from a hub id or a local folder."""
+    return ImageProcessor.from_folder(Path(transformers.utils.cached_file(source, PROCESSOR_FILE)).parent)
 
 
 def check_weights(model: nn.Module, source: str) -> None:
@@ -78,26 +94,28 @@ def check_weights(model: nn.Module, source: str) -> None:
             raise InputError(f"{source}: the weights of {name} hold NaN or Inf.", hint="Use an intact checkpoint.")
 
 
-def input_names(model: nn.Module, tokenizer: Any) -> list[str]:
-    """Return the model inputs that its tokenizer makes, in the tokenizer's order."""
-    return [n for n in ("input_ids", "attention_mask", "token_type_ids") if n in tokenizer.model_input_names]
+def input_names(model: nn.Module, processor: Any) -> list[str]:
+    """Return the model inputs that its tokenizer or image processor makes, in the tokenizer's order."""
+    if isinstance(processor, ImageProcessor):
+        return [PIXELS]
+    return [n for n in ("input_ids", "attention_mask", "token_type_ids") if n in processor.model_input_names]
 
 
-def save_sliced(model: nn.Module, tokenizer: Any, folder: Path) -> list[Path]:
+def save_sliced(model: nn.Module, processor: Any, folder: Path) -> list[Path]:
     """Write a sliced model as a transformers folder that also loads with trust_remote_code.
 
-    Returns the files: safetensors, config, tokenizer, and modeling_sliced.py.
+    Returns the files: safetensors, config, tokenizer or image processor, and modeling_sliced.py.
     """
     config: Any = model.config
     stock = type(model).__name__
-    auto = next(name for name in AUTO_CLASSES.values() if _is_mapped(name, stock))
+    auto = next(name for name in (*AUTO_CLASSES.values(), IMAGE_CLASS) if _is_mapped(name, stock))
     config.auto_map = {auto: f"modeling_sliced.Sliced{stock}"}
     config.architectures = [stock]
     config.dtype = "float32"
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        processor.save_pretrained(folder)
         state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         code = Path(modeling_sliced.__file__).read_text("utf-8")

@@ -12,19 +12,23 @@ from .archs import max_positions
 from .batches import Batches
 from .bundle import GoldenCase
 from .heads import Head
+from .signature import PIXELS, signature_of
 from .tasks.base import Row
 from .variants import Variants
 
 
 def golden_cases(variants: Variants, head: Head, rows: Sequence[Row], pad_id: int) -> list[GoldenCase]:
-    """Make golden cases from evaluation rows: one row, a padded batch, and a batch padded beyond its rows."""
+    """Make golden cases from evaluation rows: one row, a padded batch, and a batch padded beyond its rows.
+
+    Images are not padded: their cases differ in the number of rows.
+    """
     cases = []
     shapes = ((rows[:1], 0), (rows[1:5] or rows[:1], 0), (rows[5:7] or rows[:1], 7))
     limit = max_positions(variants.dense)
     for chosen, extra in shapes:
-        batch = Batches([Row(r.features) for r in chosen], head, pad_id).collate(list(range(len(chosen))))
-        length = batch.inputs["input_ids"].shape[1]
-        extra = max(0, min(extra, limit - length))
+        unlabelled = [Row(r.features, tokens=r.tokens) for r in chosen]
+        batch = Batches(unlabelled, head, pad_id).collate(list(range(len(chosen))))
+        extra = max(0, min(extra, limit - batch.mask.shape[1]))  # none for images: their tokens are all there is
         inputs = {
             name: torch.nn.functional.pad(t, (0, extra), value=pad_id if name == "input_ids" else 0)
             for name, t in batch.inputs.items()
@@ -39,8 +43,12 @@ def golden_cases(variants: Variants, head: Head, rows: Sequence[Row], pad_id: in
 
 
 def random_rows(model: nn.Module, inputs: Sequence[str], pad_id: int) -> list[Row]:
-    """Return rows of random tokens of several lengths, where there are no data to compare models on."""
+    """Return rows of random tokens of several lengths, or of random pixels, to compare models on without data."""
     rng = np.random.default_rng(0)
+    signature = signature_of(model.config, inputs)
+    if signature.image:
+        pixels = rng.normal(size=(8, *signature.image)).astype(np.float32)
+        return [Row({PIXELS: image}, tokens=signature.tokens) for image in pixels]
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     rows = []
     for length in (9, 17, 6, 12, 5, 8, 11, 16):

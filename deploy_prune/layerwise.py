@@ -94,7 +94,7 @@ class StateCache:
         device: torch.device,
         most_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
-        self.shapes = [(*f.inputs["input_ids"].shape, hidden) for f in feeds]
+        self.shapes = [(*f.mask.shape, hidden) for f in feeds]
         sizes = [b * t * d for b, t, d in self.shapes]
         self.needed_bytes = 4 * arrays * sum(sizes)
         self.offsets, used = [], 0

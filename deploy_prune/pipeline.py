@@ -76,7 +76,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
             head,
             rows,
             _budget(recipe),
-            pad_id=_pad_id(dense),
+            pad_id=dense.pad_id,
             options=Options(
                 criterion=recipe.criterion,
                 rearrange=recipe.rearrange,
@@ -114,7 +114,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
             reporter,
             export=export,
             bench=bench,
-            evaluation=Evaluation(data, rows, head, _pad_id(dense)),
+            evaluation=Evaluation(data, rows, head, dense.pad_id),
             previous=_earlier(destination),
         )
         published = publish(bundle, destination)
@@ -230,10 +230,10 @@ def _check_graphs(bundle: Bundle, artifacts: Sequence[Artifact]) -> None:
     """Count the FLOPs of every exported graph node by node; they must be those of the plan."""
     from .runtime_bench.flops import count_onnx
 
-    shape = (1, int(bundle.manifest.budget["seq_len"]))
+    shapes = Signature.of_manifest(bundle.manifest.model).shapes(1, int(bundle.manifest.budget["seq_len"]))
     for artifact in artifacts:
         if artifact.format == "onnx" and artifact.precision == "fp32" and artifact.shape is None:
-            counted = count_onnx(bundle.path(artifact.path), dict.fromkeys(bundle.manifest.model["inputs"], shape))
+            counted = count_onnx(bundle.path(artifact.path), shapes)
             expected = bundle.manifest.counts[artifact.variant]["flops"]
             if counted != expected:
                 raise RuntimeError(f"{artifact.path} has {counted} FLOPs, its model {expected}")
@@ -339,8 +339,8 @@ def _fill(bundle: Bundle, variants: Variants, dense: Dense, head: Head, name: st
         "sha256": dense.sha256,
         "model_type": arch_of(variants.dense).name,
         "architecture": type(variants.dense).__name__,
-        "inputs": input_names(variants.dense, dense.tokenizer),
-        "pad_id": _pad_id(dense),
+        **signature_of(variants.dense.config, input_names(variants.dense, dense.processor)).entry(),
+        "pad_id": dense.pad_id,
     }
     manifest.plan = {
         "hash": plan.hash,
@@ -353,16 +353,12 @@ def _fill(bundle: Bundle, variants: Variants, dense: Dense, head: Head, name: st
     manifest.counts = count_variants(variants, head, seq_len, manifest.model["inputs"])
 
 
-def _pad_id(dense: Dense) -> int:
-    return int(dense.tokenizer.pad_token_id or 0)
-
-
 def _store(bundle: Bundle, variants: Variants, dense: Dense, recorder: Recorder) -> None:
     """Write plan.json and the sliced checkpoint, and commit the staging folder."""
     with disk_errors(bundle.root):
         write_atomically(bundle.root / "plan.json", json.dumps(variants.plan.to_dict(), indent=1) + "\n")
         bundle.register("plan.json")
-        for path in save_sliced(copy.copy(variants.sliced), dense.tokenizer, bundle.root / "sliced"):
+        for path in save_sliced(copy.copy(variants.sliced), dense.processor, bundle.root / "sliced"):
             bundle.register(str(path.relative_to(bundle.root)))
     _commit(bundle, recorder)
 

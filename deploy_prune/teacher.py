@@ -21,7 +21,7 @@ Look = Callable[[int, dict[str, Tensor], dict[str, Tensor]], None]
 class Teacher:
     """Run a model over batches, one layer after another, and keep what each sub-layer adds up to.
 
-    A target is a sub-layer's output plus its residual (B, T, d). Those of all layers are kept where they fit into
+    A target is what a sub-layer and its residual add up to (B, T, d). Those of all layers are kept where they fit into
     `most_bytes` and half of the free room, so that later scores and budgets run nothing again; otherwise those of
     one layer at a time, and of as many batches as fit.
     """
@@ -72,7 +72,7 @@ class Teacher:
 
     @torch.no_grad()
     def target(self, number: int, group: UnitGroup) -> Tensor:
-        """Return a sub-layer's output plus residual (B, T, d) for a batch; its layer has been visited."""
+        """Return what a sub-layer and its residual add up to (B, T, d) for a batch; its layer has been visited."""
         kept = self._targets[group.name].get(number)
         if kept is not None:
             return kept
@@ -98,8 +98,13 @@ class Teacher:
         writers = Taps({g.name: writer(model, g) for g in groups})
         with residuals, writers:
             run()
-        targets = [writers.outputs[g.name] + residuals.inputs[g.name] for g in groups]
+        targets = [writers.outputs[g.name] * gain_of(model, g) + residuals.inputs[g.name] for g in groups]
         return writers.inputs, writers.outputs, targets
+
+
+def gain_of(model: nn.Module, group: UnitGroup) -> Tensor:
+    """Return what a sub-layer's output is multiplied by before its residual is added: (d,), or 1."""
+    return model.get_parameter(group.gain) if group.gain else torch.ones((), device=next(model.parameters()).device)
 
 
 def writer(model: nn.Module, group: UnitGroup) -> Any:

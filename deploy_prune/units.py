@@ -26,7 +26,7 @@ class UnitGroup:
     `producers` lose output rows, `consumer` loses input columns; a unit is `width` consecutive rows
     or columns. `core` is the module left out altogether when no unit stays ("" = the producers
     alone). `residual` is the module whose first input is the stream that is added to the consumer's
-    output. Module paths are relative to the model's root.
+    output, which `gain` ("" = none), a parameter (d,), multiplies before that. Paths are relative to the model's root.
     """
 
     name: str  # "L03.heads"
@@ -40,6 +40,7 @@ class UnitGroup:
     consumer: str
     residual: str
     core: str = ""
+    gain: str = ""
 
     def columns(self, kept: Iterable[int]) -> list[int]:
         """Return the consumer's input columns (= the producers' output rows) of the kept units."""

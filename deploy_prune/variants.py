@@ -10,6 +10,7 @@ from torch import nn
 
 from .costs import encoder_flops, removed_params
 from .heads import Head
+from .signature import signature_of
 from .masking import OutputWeights, mask_model
 from .slicing import slice_model
 from .units import SlicePlan, UnitGroup
@@ -48,7 +49,9 @@ def count_variants(variants: Variants, head: Head, seq_len: int, inputs: Sequenc
     """Count FLOPs by the formula and check them against the models that run."""
     from .runtime_bench.flops import count_torch
 
-    feeds = {name: torch.ones(1, seq_len, dtype=torch.long) for name in inputs}
+    signature = signature_of(variants.dense.config, inputs)
+    dtype = torch.float32 if signature.image else torch.long
+    feeds = {name: torch.ones(shape, dtype=dtype) for name, shape in signature.shapes(1, seq_len).items()}
     plans: dict[str, SlicePlan | None] = {"dense": None, "virtual": None, "sliced": variants.plan}
     params = {name: sum(p.numel() for p in model.parameters()) for name, model in variants.items().items()}
     expected = params["dense"] - removed_params(variants.groups, variants.plan)

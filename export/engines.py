@@ -69,7 +69,7 @@ class EngineExporter:
         _allow_decomposition(trt, network)
         _check_signature(network, source)
         config = builder.create_builder_config()
-        flags = _configure(trt, builder, config, network, options, profile)
+        flags = _configure(trt, builder, config, network, source, profile)
         cache = self._timing_cache(trt, config)
         started = time.perf_counter()
         engine = builder.build_serialized_network(network, config)
@@ -94,7 +94,7 @@ class EngineExporter:
                 "outputs": {t.name: str(t.dtype).rpartition(".")[2] for t in _tensors(network, "output")},
                 "seconds": round(time.perf_counter() - started, 2),
             },
-            "reproduce": self._commands(profile, options, source.input_names),
+            "reproduce": self._commands(profile, options, source.signature),
         }
 
     def _timing_cache(self, trt: Any, config: Any) -> Path | None:
@@ -106,11 +106,11 @@ class EngineExporter:
         config.set_timing_cache(config.create_timing_cache(path.read_bytes() if path.is_file() else b""), False)
         return path
 
-    def _commands(self, profile: Profile, options: Options, inputs: Sequence[str]) -> list[str]:
+    def _commands(self, profile: Profile, options: Options, signature: Signature) -> list[str]:
         """Return command lines that build the engine again; {onnx} and {engine} are filled in by the bundle."""
 
         def shapes(shape: Shape) -> str:
-            return ",".join(f"{name}:{shape[0]}x{shape[1]}" for name in inputs)
+            return ",".join(f"{n}:{'x'.join(map(str, size))}" for n, size in signature.shapes(*shape).items())
 
         ranges = {"min": profile.smallest, "opt": profile.usual, "max": profile.largest}
         first = [self.api.command, "--onnx={onnx}", "--saveEngine={engine}", "--skipInference"]
@@ -123,8 +123,9 @@ class EngineExporter:
         lines = [shlex.join(first)]
         if self.api.format == "tensorrt":
             second = ["polygraphy", "convert", "{onnx}", "--convert-to", "trt", "-o", "{engine}"]
-            for name, (batch, length) in ranges.items():
-                second += [f"--trt-{name}-shapes", *(f"{i}:[{batch},{length}]" for i in inputs)]
+            for name, shape in ranges.items():
+                sizes = signature.shapes(*shape).items()
+                second += [f"--trt-{name}-shapes", *(f"{n}:[{','.join(map(str, size))}]" for n, size in sizes)]
             lines.append(shlex.join(second))
         lines.append("# IAttention.decomposable was set, which no flag of these tools does")
         return lines
@@ -193,11 +194,12 @@ def _check_signature(network: Any, source: Source) -> None:
         raise VerdictError(f"The engine's inputs and outputs are {found}, not {wanted}.")
 
 
-def _configure(trt: Any, builder: Any, config: Any, network: Any, options: Options, profile: Profile) -> list[str]:
+def _configure(trt: Any, builder: Any, config: Any, network: Any, source: Source, profile: Profile) -> list[str]:
     """Set the profile and the options; return the names of the flags that were set."""
+    options, ends = source.options, (profile.smallest, profile.usual, profile.largest)
     shapes = builder.create_optimization_profile()
     for tensor in _tensors(network, "input"):
-        shapes.set_shape(tensor.name, profile.smallest, profile.usual, profile.largest)
+        shapes.set_shape(tensor.name, *(source.signature.shape(*end) for end in ends))
     if config.add_optimization_profile(shapes) < 0:
         raise InputError(f"The builder refuses the profile {profile}.", hint="Give another --profile.")
     wanted = {"VERSION_COMPATIBLE": options.version_compatible, "REFIT": options.refit, "STRIP_PLAN": options.strip}
@@ -233,6 +235,8 @@ def _profile(source: Source, shape: Shape | None) -> Profile:
         if profile.largest[1] > limit:
             raise InputError(f"The profile {profile} is longer than the model's {limit} positions.")
         return profile
+    if tokens := source.signature.tokens:
+        return Profile((1, tokens), (1, tokens), (LARGEST_BATCH, tokens))
     longest = min(LONGEST, limit)
     return Profile((1, 1), (1, min(source.usual_length, longest)), (LARGEST_BATCH, longest))
 

@@ -36,9 +36,9 @@ class Evaluation:
         from ..batches import Batches
 
         chosen = list(self.rows[:rows])
-        if shape:
+        if shape and chosen and chosen[0].tokens is None:
             chosen = [Row({n: a[: shape[1]] for n, a in r.features.items()}) for r in chosen]
-        batches = Batches([Row(r.features) for r in chosen], self.head, self.pad_id)
+        batches = Batches([Row(r.features, tokens=r.tokens) for r in chosen], self.head, self.pad_id)
         feeds = [{name: t.numpy() for name, t in batch.inputs.items()} for batch in batches]
         return [f for batch in feeds for f in fixed_feeds(batch, shape, self.pad_id)] if shape else feeds
 

@@ -12,6 +12,7 @@ from ..bundle import Artifact
 from ..errors import InputError, MissingExtraError
 from ..runtimes import Runner
 from ..runtimes.ort import OrtRunner
+from ..signature import Signature, signature_of
 from . import lower
 from .mha import mha_from_attention
 from .optimum import DIALECT, missing_optimum, onnx_from_optimum
@@ -37,34 +38,35 @@ def onnx_from_torch(
     metadata: Mapping[str, str] | None = None,
     external_data_above_bytes: int = PROTOBUF_BYTES,
 ) -> None:
-    """Write a model with its head as ONNX: inputs (batch, sequence) int64, outputs named by the head.
+    """Write a model with its head as ONNX: inputs (batch, sequence) int64 or images, outputs named by the head.
 
-    `shape` fixes the axes; else both are free. Weights above `external_data_above_bytes` in all go to
+    `shape` fixes the axes; else batch and sequence are free. Weights above `external_data_above_bytes` in all go to
     `path` + ".data" beside it. The file has passed the ONNX checker. Raises InputError when the model
     cannot be traced or has an empty weight, MissingExtraError without torch, onnx or onnxscript.
     """
     program = program_from_torch(model, head, input_names)
-    proto = proto_from_program(program, input_names, head.output_names, dialect)
+    signature = signature_of(model.config, input_names)
+    proto = proto_from_program(program, signature, head.output_names, dialect)
     write_onnx(proto, path, shape, metadata, external_data_above_bytes)
 
 
-def proto_from_program(program: Any, input_names: Sequence[str], output_names: Sequence[str], dialect: str) -> Any:
+def proto_from_program(program: Any, signature: Signature, output_names: Sequence[str], dialect: str) -> Any:
     """Translate a traced program into an ONNX ModelProto of a dialect. Raises InputError where that fails."""
     try:
         import onnxscript  # noqa: F401  (the exporter needs it and names it badly)
         import torch
     except ImportError as error:
         raise MissingExtraError(str(error.name), "cpu") from error
-    axes = {0: "batch", 1: "sequence"}
+    axes = {i: axis for i, axis in enumerate(signature.axes) if isinstance(axis, str)}
     with quiet(), redirect_stdout(io.StringIO()):
         try:
             translated: Any = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=OPSETS[dialect],
-                input_names=list(input_names),
+                input_names=list(signature.inputs),
                 output_names=list(output_names),
-                dynamic_shapes=(tuple(axes for _ in input_names),),
+                dynamic_shapes=(tuple(axes for _ in signature.inputs),),
                 verbose=False,
             )
         except (torch.onnx.OnnxExporterError, torch.onnx.errors.OnnxExporterError) as error:
@@ -180,7 +182,7 @@ class OnnxExporter:
         if kind.dialect == DIALECT:
             proto = onnx_from_optimum(source.model, source.head.kind, path)
         elif kind.precision == "fp32":
-            proto = proto_from_program(source.program, source.input_names, outputs, kind.dialect)
+            proto = proto_from_program(source.program, source.signature, outputs, kind.dialect)
         else:
             base = source.made(Kind("onnx", kind.dialect, "fp32", None, kind.shape))
             proto = onnx.load(base)
@@ -192,7 +194,7 @@ class OnnxExporter:
                 calibration: Sequence[Feeds] = source.calibration()
                 method = source.options.calibrate_by
                 proto = lower.to_qdq_int8(proto, calibration, method)
-                said = {"calibration": {"method": method, "rows": sum(len(f["input_ids"]) for f in calibration)}}
+                said = {"calibration": {"method": method, "rows": sum(len(next(iter(f.values()))) for f in calibration)}}
         write_onnx(proto, path, kind.shape, source.metadata, limit)
         return said
 

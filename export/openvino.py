@@ -67,7 +67,7 @@ class OpenVinoExporter:
                 preset=nncf.QuantizationPreset.MIXED,
                 subset_size=len(batches),
             )
-        return quantised, {"calibration": {"method": "nncf", "rows": sum(len(b["input_ids"]) for b in batches)}}
+        return quantised, {"calibration": {"method": "nncf", "rows": sum(len(next(iter(b.values()))) for b in batches)}}
 
     def runner(self, artifact: Artifact, path: Path) -> Runner | str:
         return OpenVinoRunner(path, precision=artifact.precision)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, MissingExtraError
+from ..signature import signature_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,7 +20,8 @@ TRACED_SHAPE = (3, 11)  # batch, sequence: neither 0 nor 1 (torch.export fixes t
 
 
 def program_from_torch(model: nn.Module, head: Head, input_names: Sequence[str]) -> Any:
-    """Trace a model with its head: inputs (batch, sequence) int64, both axes free, outputs a tuple.
+    """Trace a model with its head, outputs a tuple: inputs (batch, sequence) int64, both axes free, or images
+    (batch, C, H, W) float32 of the model's size.
 
     Raises InputError when the forward pass cannot be traced, MissingExtraError without torch.
     """
@@ -29,8 +31,11 @@ def program_from_torch(model: nn.Module, head: Head, input_names: Sequence[str])
         raise MissingExtraError(str(error.name), "cpu") from error
     model.eval()
     device = next(model.parameters()).device
-    batch = torch.ones(TRACED_SHAPE, dtype=torch.long, device=device)
-    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    signature = signature_of(model.config, input_names)
+    rows, tokens = TRACED_SHAPE
+    shape = signature.shape(rows, signature.tokens or tokens)
+    batch = torch.ones(shape, dtype=torch.float32 if signature.image else torch.long, device=device)
+    axes = {i: torch.export.Dim.DYNAMIC for i, axis in enumerate(signature.axes) if isinstance(axis, str)}
     with quiet(), _sdpa(model), torch.no_grad():
         try:
             return torch.export.export(

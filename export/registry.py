@@ -19,6 +19,7 @@ from ..bundle import PRECISIONS, Artifact
 from ..config import ExportSettings
 from ..errors import InputError, MissingExtraError
 from ..runtimes import Runner
+from ..signature import Signature, signature_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -124,6 +125,11 @@ class Source:
     usual_length: int = 128  # tokens; the budget's
     feeds: Callable[[], Sequence[Feeds]] | None = None
     make: Callable[[Kind], Path] | None = None
+
+    @cached_property
+    def signature(self) -> Signature:
+        """What the model takes."""
+        return signature_of(self.model.config, self.input_names)
 
     @cached_property
     def program(self) -> Any:

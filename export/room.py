@@ -18,6 +18,7 @@ from ..errors import DeployPruneError, InputError, VerdictError
 from ..runtimes import Runner
 from ..runtimes.fixed import FixedShape
 from ..runtimes.torch_runner import TorchRunner
+from ..signature import Signature
 from .evaluation import Evaluation
 from .parity import check_parity, golden_within
 from .registry import Feeds, Kind, Options, Skipped, Source, available_exporters, plan_kinds
@@ -310,7 +311,9 @@ class Workshop:
 
 
 def _check_length(bundle: Bundle, options: Options) -> None:
-    """Raise InputError for shapes longer than the model has positions for."""
+    """Raise InputError for shapes longer than the model has positions for, or other than its images'."""
+    for batch, length in filter(None, (options.shape, options.profile and options.profile.largest)):
+        Signature.of_manifest(bundle.manifest.model).shape(batch, length)
     config = json.loads(bundle.path("sliced/config.json").read_text("utf-8"))
     limit, lengths = config.get("max_position_embeddings"), [s[1] for s in (options.shape,) if s]
     lengths += [options.profile.largest[1]] if options.profile else []

@@ -45,7 +45,9 @@ class ProgramExporter:
             dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[kind.precision]
             model = copy.deepcopy(source.model).to(dtype)
             program = program_from_torch(model, source.head, source.input_names)
-        said = {"outputs": list(source.head.output_names), "inputs": list(source.input_names)}
+        said: dict[str, list[Any]] = {"outputs": list(source.head.output_names), "inputs": list(source.input_names)}
+        if source.signature.image:
+            said["image"] = list(source.signature.image)
         with quiet("torch._inductor", "torch._dynamo"):
             if kind.dialect == "aoti":
                 torch._inductor.aoti_compile_and_package(program, package_path=str(path))

@@ -13,6 +13,7 @@ import numpy as np
 from ..bundle import PRECISIONS, VARIANTS, Bundle, Variant
 from ..errors import InputError
 from ..runtimes import Runner, open_onnx, open_runner
+from ..signature import Signature
 
 SEED = 0  # of the token ids
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -57,7 +58,7 @@ class Subject:
         from .flops import count_onnx
 
         path = bundle.path(bundle.manifest.artifacts[kinds.index(wanted)].path)
-        return count_onnx(path, dict.fromkeys(bundle.manifest.model["inputs"], (batch, seq)))
+        return count_onnx(path, Signature.of_manifest(bundle.manifest.model).shapes(batch, seq))
 
 
 def bundle_subjects(bundle: Bundle, models: Sequence[str], prefix: str = "") -> list[Subject]:
@@ -84,10 +85,14 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
 
 
 def bundle_feeds(bundle: Bundle, runner: Runner, batch: int, seq: int) -> dict[str, np.ndarray]:
-    """Return random token ids (batch, seq) within the vocabulary, without padding, always the same.
+    """Return random token ids (batch, seq) within the vocabulary, without padding, or random pixels, always the same.
 
     Raises InputError for a length the model has no positions for, or an input unknown here.
     """
+    signature = Signature.of_manifest(bundle.manifest.model)
+    if signature.image:
+        pixels = np.random.default_rng(SEED).normal(size=signature.shape(batch, seq)).astype(np.float32)
+        return {name: pixels for name in runner.input_names}
     config = json.loads(Path(bundle.path("sliced/config.json")).read_text("utf-8"))
     longest = config.get("max_position_embeddings")
     if longest is not None and seq > longest:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models_tiny import FAMILIES, padded_inputs, tiny_model, tiny_rows
+from models_tiny import FAMILIES, tiny_inputs, tiny_model, tiny_rows
 from scipy.sparse.linalg import lsmr
 from sweeps_tiny import ragged_plan, teacher
 
@@ -148,7 +148,7 @@ def test_bad_solutions_are_declined_with_a_reason(change: dict[str, Any], reason
 
 def test_tokens_weigh_half_by_saliency_half_evenly() -> None:
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
-    batch = Batch({"attention_mask": mask}, None, [2, 0, 1])
+    batch = Batch({"attention_mask": mask}, mask, None, [2, 0, 1])
     saliency = torch.tensor([[0.0, 0.0, 9.0, 9.0, 9.0], [1e-30, 3e-30, 0.0, 0.0, 0.0], [3.0, 0.0, 0.0, 5.0, 0.0]])
     found = token_weights(batch, False, 0.5, saliency)
     expected = [[2.0, 0.5, 0.5, 0.0], [1.0, 1.0, 0.0, 0.0], [1.0, 2.0, 0.5, 0.5]]
@@ -160,10 +160,10 @@ def test_tokens_weigh_half_by_saliency_half_evenly() -> None:
 @pytest.mark.parametrize("name", ["refit", "mask-tuning", "mask-tuning-exact"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sweep_lowers_the_error_and_stays_equal_to_the_masked_model(family: str, name: str) -> None:
-    model, head, rows = tiny_model(family), Head("classification"), tiny_rows(96)
+    model, head, rows = tiny_model(family), Head("classification"), tiny_rows(96, family=family)
     groups, plan = ragged_plan(model)
     student = slice_model(model, groups, plan)
-    before = hidden_error(model, student)
+    before = hidden_error(family, model, student)
     swept = sweep(
         student, teacher(model, groups, rows, 1), groups, plan, head, Batches(rows, head, 1), get_solver(name)
     )
@@ -176,11 +176,11 @@ def test_sweep_lowers_the_error_and_stays_equal_to_the_masked_model(family: str,
         assert np.abs(a["logits"] - b["logits"]).max() <= 1e-5
         assert np.abs(b["logits"] - c["logits"]).max() <= 1e-5
     if name == "refit":
-        assert hidden_error(model, student) < before
+        assert hidden_error(family, model, student) < before
 
 
-def hidden_error(teacher: Any, student: Any) -> float:
-    inputs = padded_inputs(batch=1, length=12)
+def hidden_error(family: str, teacher: Any, student: Any) -> float:
+    inputs = tiny_inputs(family, batch=1, length=12)
     with torch.inference_mode():
         states = [m.base_model(**inputs).last_hidden_state for m in (teacher, student)]
     return float((states[0] - states[1]).square().mean())

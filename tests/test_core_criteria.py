@@ -28,7 +28,7 @@ from deploy_prune.units import MaskSet, SlicePlan
 
 
 def evidence(family: str = "bert", rows: int = 48, **changes: Any) -> Evidence:
-    model, head, data = tiny_model(family, **changes), Head("classification"), tiny_rows(rows)
+    model, head, data = tiny_model(family, **changes), Head("classification"), tiny_rows(rows, family=family)
     groups = arch_of(model).groups(model)
     stats = calibrate(model, groups, head, data, pad_id=1, gradient_moments=True)
     return Evidence(model, groups, 0, stats, lambda: Teacher(model, groups, head, list(Batches(data, head, 1))))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import CUDA, fake_cuda, on_cuda
-from models_tiny import FAMILIES, tiny_model, tiny_rows
+from models_tiny import FAMILIES, heads_of, tiny_model, tiny_rows
 
 from deploy_prune.archs import arch_of
 from deploy_prune.batches import Batches
@@ -35,8 +35,10 @@ def accept_all(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["classification", "regression", "token", "qa", "embedding"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pruning_stays_on_the_device(family: str, kind: Any) -> None:
+    if kind not in heads_of(family):
+        pytest.skip(f"{family} models have no such head here")
     head = Head(kind)
-    rows = tiny_rows(40, kind)
+    rows = tiny_rows(40, kind, family=family)
     model = tiny_model(family, kind, attn_implementation="eager")
     with fake_cuda():
         on_cuda(model)

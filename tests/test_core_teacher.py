@@ -63,7 +63,7 @@ def test_a_teacher_runs_once_for_all_budgets(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_replayed_attention_gives_the_same_layer(family: str) -> None:
-    model, head, rows = tiny_model(family), Head("classification"), tiny_rows(24)
+    model, head, rows = tiny_model(family), Head("classification"), tiny_rows(24, family=family)
     groups, feeds = arch_of(model).groups(model), list(Batches(rows, head, 1))
     cache = StateCache(feeds, 32, 2, torch.device("cpu"))
     student = Student(model, head, feeds, cache)

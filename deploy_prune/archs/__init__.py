@@ -7,13 +7,14 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
-from . import bert, distilbert, electra, mpnet, roberta
-from .base import Arch, Sublayer, per_layer
+from ..signature import image_tokens
+from . import bert, dinov2, distilbert, electra, mpnet, roberta, vit
+from .base import Arch, Layout, Sublayer, per_layer
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Arch", "Sublayer", "arch_of", "check_config", "max_positions", "per_layer", "supported"]
+__all__ = ["Arch", "Layout", "Sublayer", "arch_of", "check_config", "max_positions", "per_layer", "supported"]
 
 _REFUSED = {
     "albert": "ALBERT shares one layer's weights between all layers: slicing one layer would slice them all.",
@@ -25,7 +26,7 @@ _REFUSED = {
 @cache
 def supported() -> dict[str, Arch]:
     """Map every supported model type to its adapter."""
-    adapters = [module.ARCH for module in (bert, distilbert, electra, mpnet, roberta)]
+    adapters = [module.ARCH for module in (bert, dinov2, distilbert, electra, mpnet, roberta, vit)]
     adapters += [point.load() for point in entry_points(group="deploy_prune.archs")]
     return {model_type: arch for arch in adapters for model_type in arch.model_types}
 
@@ -70,7 +71,9 @@ def arch_of(model: nn.Module) -> Arch:
 
 
 def max_positions(model: Any) -> int:
-    """Return how many tokens the position embeddings allow."""
+    """Return how many tokens the position embeddings allow; an image model always makes the same number."""
     config = model.config
+    if hasattr(config, "patch_size"):
+        return image_tokens(config)
     offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "mpnet") else 0
     return int(config.max_position_embeddings) - offset

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
 from ..units import UnitGroup
@@ -15,27 +15,49 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sublayer:
-    """Name the modules of a sub-layer by their paths below a layer (`residual` "" = the layer itself)."""
+    """Name the modules of a sub-layer by their paths below a layer (`residual` "" = the layer itself).
+
+    `gain` is a parameter (d,) that the sub-layer's output is multiplied by before the residual is added.
+    """
 
     producers: tuple[str, ...]
     consumer: str
     residual: str
     core: str = ""
+    gain: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Name a model's layers and, below each, the modules of its two sub-layers."""
+
+    layers: str
+    attention: Sublayer
+    ffn: Sublayer
+
+    def fits(self, encoder: nn.Module) -> bool:
+        """Say whether an encoder's first layer has all these modules."""
+        paths = [*self.attention.producers, self.attention.consumer, *self.ffn.producers, self.ffn.consumer]
+        try:
+            for path in paths:
+                encoder.get_submodule(f"{self.layers}.0.{path}")
+        except AttributeError:
+            return False
+        return True
 
 
 @dataclass(frozen=True)
 class Arch:
     """Describe a family: where its layers are and which modules are cut together in each.
 
+    A model has the first of the `layouts` that fits it: releases of transformers name modules differently.
     `select_heads` names an attention argument with one slice per head, axis 1 ("" = none), of which
     only the kept heads' slices may reach a sliced layer. `tolerance` bounds |masked - sliced| in fp32.
     """
 
     name: str
     model_types: tuple[str, ...]
-    layers: str
-    attention: Sublayer
-    ffn: Sublayer
+    layouts: tuple[Layout, ...]
     select_heads: str = ""
     tolerance: float = 1e-5
 
@@ -45,17 +67,34 @@ class Arch:
         return f"{prefix}." if prefix and hasattr(model, prefix) else ""
 
     def layer_paths(self, model: nn.Module) -> list[str]:
-        """Return the path of every encoder layer, bottom first."""
-        path = self.prefix(model) + self.layers
-        return [f"{path}.{i}" for i in range(len(list(model.get_submodule(path).children())))]
+        """Return the path of every encoder layer, bottom first, of a dense or sliced model."""
+        for layout in self.layouts:
+            path = self.prefix(model) + layout.layers
+            try:
+                return [f"{path}.{i}" for i in range(len(list(model.get_submodule(path).children())))]
+            except AttributeError:
+                continue
+        raise UnsupportedModelError(f"{type(model).__name__} has none of the layers that {self.name} models have.")
+
+    def layout(self, model: nn.Module) -> Layout:
+        """Return the layout of a dense model. Raises UnsupportedModelError where none fits."""
+        encoder = model.get_submodule(self.prefix(model).rstrip("."))
+        for layout in self.layouts:
+            if layout.fits(encoder):
+                return layout
+        raise UnsupportedModelError(
+            f"The layers of this {type(model).__name__} are built in none of the ways that are known here.",
+            hint="Give a plain, dense checkpoint, or install the transformers release named in constraints.txt.",
+        )
 
     def groups(self, model: nn.Module) -> tuple[UnitGroup, ...]:
         """Return the unit groups of a dense model, layer by layer, heads before neurons."""
-        groups = []
+        layout, groups = self.layout(model), []
         for index, layer in enumerate(self.layer_paths(model)):
-            width = int(model.get_submodule(f"{layer}.{self.attention.core}").attention_head_size)  # type: ignore[arg-type]
-            groups.append(_group(model, layer, index, "head", width, self.attention))
-            groups.append(_group(model, layer, index, "neuron", 1, self.ffn))
+            core = model.get_submodule(f"{layer}.{layout.attention.core}")
+            width: Any = getattr(core, "attention_head_size", None) or core.head_dim
+            groups.append(_group(model, layer, index, "head", int(width), layout.attention))
+            groups.append(_group(model, layer, index, "neuron", 1, layout.ffn))
         return tuple(groups)
 
 
@@ -86,6 +125,7 @@ def _group(model: nn.Module, layer: str, index: int, kind: str, width: int, sub:
         consumer=f"{layer}.{sub.consumer}",
         residual=f"{layer}.{sub.residual}" if sub.residual else layer,
         core=f"{layer}.{sub.core}" if sub.core else "",
+        gain=f"{layer}.{sub.gain}" if sub.gain else "",
     )
 
 

@@ -17,7 +17,7 @@ from ..layerwise import LayerRunner, Replay, StateCache, Stop, Taps
 from ..masking import OutputWeights
 from ..moments import Moments
 from ..progress import Progress
-from ..teacher import STUDENT_ARRAYS, Look, Teacher, writer
+from ..teacher import STUDENT_ARRAYS, Look, Teacher, gain_of, writer
 from ..units import SlicePlan, UnitGroup
 from .solution import Solution, Solver
 
@@ -61,7 +61,8 @@ def sweep(
     """Compensate a sliced student in place, sub-layer by sub-layer, towards the teacher.
 
     The target of a projection is the teacher's output plus its residual, less the student's residual:
-    y = (W_T h_T + b_T) + r_T - r_S, over unpadded tokens. A parallel solver is fitted on the teacher's own
+    y = (W_T h_T + b_T) + r_T - r_S, over unpadded tokens; where a gain follows the projection, both outputs are
+    those behind it. A parallel solver is fitted on the teacher's own
     inputs h_T instead, at the units kept. `saliency` (rows, longest) per group is the calibration's; without it
     every token weighs the same. A declined group keeps its weights and never stops the others.
     """
@@ -75,8 +76,9 @@ def sweep(
         sums = {}
         for g in layer_groups:
             last = g is layers[-1][-1] and head.kind in ("classification", "regression")
+            cls_only = solver.cls_only_last and last and "input_ids" in feeds[0].inputs  # images may be pooled otherwise
             salient = saliency[g.name] if saliency is not None else None
-            sums[g.name] = _Sums(g, plan, solver, feeds, solver.cls_only_last and last, salient, below.device)
+            sums[g.name] = _Sums(g, plan, solver, feeds, cls_only, salient, gain_of(student, g), below.device)
         teacher.visit(depth, _adder(sums) if solver.parallel else None)
         for position, g in enumerate(layer_groups):
             part = sums.pop(g.name)
@@ -105,11 +107,12 @@ class _Sums:
         feeds: Sequence[Batch],
         cls_only: bool,
         salient: Tensor | None,
+        gain: Tensor,
         device: torch.device,
     ) -> None:
         self.columns = torch.tensor(group.columns(plan[group.name].kept), dtype=torch.long, device=device)
         self.feeds, self.cls_only, self.salient, self.share = feeds, cls_only, salient, solver.salient_share
-        self.device = device
+        self.gain, self.device = gain, device
         self.fit = Moments(len(self.columns), group.hidden, device)
         self.held = Moments(len(self.columns), group.hidden, device) if solver.holds_out else None
 
@@ -125,7 +128,7 @@ def _adder(sums: Mapping[str, _Sums]) -> Look:
 
     def look(number: int, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
         for name, part in sums.items():
-            part.add(number, inputs[name][..., part.columns], outputs[name])
+            part.add(number, inputs[name][..., part.columns], outputs[name] * part.gain)
 
     return look
 
@@ -177,11 +180,14 @@ def _solve(
     module, moments, held = writer(student, group), sums.fit, sums.held
     bias = module.bias
     weight = module.weight if plan[group.name].count else bias.new_zeros(group.hidden, 0)
-    solution = solver.solve(group, weight, bias, moments, held)
+    gain = sums.gain  # the fit is of what reaches the residual stream
+    solution = solver.solve(group, weight * gain.reshape(-1, 1), bias * gain, moments, held)
     entry = _judge(group, solution, moments if held is None else moments + held)
     result.log.append(entry)
     if not entry.accepted:
         return
+    solution.weight = torch.where(gain.reshape(-1, 1) != 0, solution.weight / gain.reshape(-1, 1), weight)
+    solution.bias = torch.where(gain != 0, solution.bias / gain, bias)
     if plan[group.name].count:
         module.weight.copy_(solution.weight)
     module.bias.copy_(solution.bias)
@@ -205,7 +211,7 @@ def token_weights(batch: Batch, cls_only: bool, share: float, saliency: Tensor |
 
     A part `share` of a row's weight is dealt out by saliency, the rest evenly.
     """
-    mask = batch.inputs["attention_mask"]
+    mask = batch.mask
     if cls_only:
         first = torch.zeros_like(mask)
         first[:, 0] = 1

@@ -71,7 +71,7 @@ def input_moments(teacher: Teacher, depth: int) -> dict[str, Tensor]:
     moments = {g.name: Moments(g.size * g.width, 0, runner.device) for g in teacher.layers[depth]}
 
     def look(number: int, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
-        mask = runner.feeds[number].to(runner.device).inputs["attention_mask"]
+        mask = runner.feeds[number].mask.to(runner.device)
         for name, sums in moments.items():
             sums.add(inputs[name], inputs[name][..., :0], mask)
 

@@ -65,6 +65,10 @@ def gpu_name() -> str | None:
     return f"{name.value.decode()} {major.value}.{minor.value}"
 
 
+def _axes(shape: Sequence[int]) -> tuple[int | str, ...]:
+    return tuple(("batch", "sequence")[i] if size == -1 else int(size) for i, size in enumerate(shape))
+
+
 class EngineRunner(Runner):
     """Run an engine on the first GPU, inputs and outputs in host memory.
 
@@ -100,7 +104,7 @@ class EngineRunner(Runner):
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         is_input = {n: self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT for n in names}
         self.inputs = tuple(
-            TensorSpec(n, np.dtype(trt.nptype(self.engine.get_tensor_dtype(n))), ("batch", "sequence"))
+            TensorSpec(n, np.dtype(trt.nptype(self.engine.get_tensor_dtype(n))), _axes(self.engine.get_tensor_shape(n)))
             for n in names
             if is_input[n]
         )

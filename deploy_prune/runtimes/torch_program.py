@@ -6,10 +6,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..bundle import Bundle, Variant
 from ..errors import InputError, MissingExtraError
+from ..signature import Signature
 from .base import Arrays, Runner, TensorSpec, find_artifact
 
 SIGNATURE = "deploy_prune.json"  # in the archive: names of inputs and outputs, and the file's origin
@@ -19,7 +18,7 @@ class ProgramRunner(Runner):
     """Run a .pt2 file on the CPU. `threads` holds for the whole process while the runner is open."""
 
     def __init__(
-        self, path: str | Path, signature: dict[str, list[str]], *, aoti: bool = False, threads: int | None = None
+        self, path: str | Path, signature: dict[str, list[Any]], *, aoti: bool = False, threads: int | None = None
     ) -> None:
         self.path = Path(path)
         self.signature = signature
@@ -43,7 +42,8 @@ class ProgramRunner(Runner):
         except (RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"torch cannot load {self.path}: {reason}", hint="Export it again.") from error
-        self.inputs = tuple(TensorSpec(n, np.dtype(np.int64), ("batch", "sequence")) for n in self.signature["inputs"])
+        takes = Signature.of_manifest(self.signature)
+        self.inputs = tuple(TensorSpec(n, takes.dtype, takes.axes) for n in takes.inputs)
         self.output_names = tuple(self.signature["outputs"])
         self._old_threads = torch.get_num_threads()
         if self.threads is not None:

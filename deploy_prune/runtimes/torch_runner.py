@@ -10,6 +10,7 @@ import numpy as np
 
 from ..bundle import Bundle, Variant
 from ..errors import InputError, MissingExtraError, SystemStateError
+from ..signature import signature_of
 from .base import Arrays, Opener, Runner, TensorSpec
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class TorchRunner(Runner):
         self.compiled, self.cuda_graphs = compiled, cuda_graphs
         self.head = head
         self.threads = threads
-        self.inputs = tuple(TensorSpec(n, np.dtype(np.int64), ("batch", "sequence")) for n in input_names)
+        signature = signature_of(self.model.config, input_names)
+        self.inputs = tuple(TensorSpec(n, signature.dtype, signature.axes) for n in input_names)
         self.output_names = head.output_names
 
     def _activate(self) -> None:

@@ -18,19 +18,21 @@ RowOutput = dict[str, np.ndarray]
 
 @dataclass
 class Row:
-    """Hold one tokenised row without padding.
+    """Hold one tokenised row without padding, or one image.
 
-    `features` maps the model's input names to int64 arrays (T,). `label` is an int (classification), a
-    float (regression), an int array (T,) with -100 for ignored tokens (token), a (start, end) pair of
-    token positions (qa), or None where there is no label.
+    `features` maps the model's input names to int64 arrays (T,), or "pixel_values" to float32 (C, H, W). `label`
+    is an int (classification), a float (regression), an int array (T,) with -100 for ignored tokens (token), a
+    (start, end) pair of token positions (qa), or None where there is no label. `tokens` is how many tokens the
+    model makes of an image.
     """
 
     features: dict[str, np.ndarray]
     label: Any = None
+    tokens: int | None = None
 
     @property
     def length(self) -> int:
-        return int(self.features["input_ids"].shape[0])
+        return int(self.features["input_ids"].shape[0]) if self.tokens is None else self.tokens
 
 
 class Split(ABC):
