@@ -20,6 +20,7 @@ from .heads import Head
 from .runtime_bench.bench import Place, time_subjects
 from .runtime_bench.stats import Ratio, ratio_of_medians, summarise_ms
 from .runtime_bench.subjects import Subject
+from .signature import signature_of
 from .units import SlicePlan
 from .variants import Variants
 
@@ -28,10 +29,10 @@ FORMAT_OF = {"ort-cpu": "onnx"}  # what a runtime reads; the others load the che
 
 @dataclass(frozen=True)
 class Candidate:
-    """Hold a sliced model (slice by a whole plan for a dense one) with its tokenizer and the inputs it takes."""
+    """Hold a sliced model (slice by a whole plan for a dense one), its tokenizer or image processor, and its inputs."""
 
     model: nn.Module
-    tokenizer: Any
+    processor: Any
     inputs: Sequence[str]
 
 
@@ -45,14 +46,14 @@ class Stage:
 
     def write(self, name: str, candidate: Candidate) -> Path:
         """Write a model and return its bundle's folder."""
-        model, tokenizer, inputs = candidate.model, candidate.tokenizer, candidate.inputs
+        model, processor, inputs = candidate.model, candidate.processor, candidate.inputs
         root = self.folder / name
         root.mkdir(parents=True)
-        pad_id = int(tokenizer.pad_token_id or 0)
+        pad_id = int(getattr(processor, "pad_token_id", None) or 0)
         bundle = Bundle(root, Manifest())
-        bundle.manifest.model = {"inputs": list(inputs), "pad_id": pad_id}
+        bundle.manifest.model = {**signature_of(model.config, inputs).entry(), "pad_id": pad_id}
         bundle.manifest.task = {"head": self.head.kind, "pooling": self.head.pooling}
-        for path in save_sliced(model, tokenizer, root / "sliced"):
+        for path in save_sliced(model, processor, root / "sliced"):
             bundle.register(str(path.relative_to(root)))
         alone = Variants(model, model, model, (), SlicePlan(()), [])
         for case in golden_cases(alone, self.head, random_rows(model, inputs, pad_id), pad_id):

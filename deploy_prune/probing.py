@@ -59,10 +59,10 @@ def probe(
     full = Point(attention.size, ffn.size)
     place = Place(runtime, batch, seq, default_threads() if threads is None else threads)
     points = [p for p in grid(*full, widths) if p != full]
-    inputs = input_names(dense.model, dense.tokenizer)
+    inputs = input_names(dense.model, dense.processor)
 
     def cut(point: Point) -> Candidate:
-        return Candidate(cut_alike(dense.model, groups, point), dense.tokenizer, inputs)
+        return Candidate(cut_alike(dense.model, groups, point), dense.processor, inputs)
 
     found, dense_ns = {full: Ratio(1.0, 1.0, 1.0)}, []
     with tempfile.TemporaryDirectory(prefix="deploy-prune-probe-") as folder:

@@ -22,9 +22,11 @@ _PADDING = "key_padding_mask"
 def mha_from_attention(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Rewrite every Attention node of an opset-23 graph and fuse the layers around them.
 
-    A node whose mask is more than padding (a position bias is added to it) stays as it is. Raises
+    A node without a mask (images) is fused as well; one whose mask is more than padding (a position bias is added to
+    it) stays as it is. Raises
     InputError when the graph around an Attention node is not that of a projection split into heads.
     """
+    import onnx
     from onnxruntime.transformers.onnx_model import OnnxModel
 
     nodes = list(proto.graph.node)
@@ -32,7 +34,10 @@ def mha_from_attention(proto: onnx.ModelProto) -> onnx.ModelProto:
         graph = _Graph(proto.graph)
         for node in [n for n in nodes if n.op_type == kind]:
             fuse(graph, node)
-    _add_padding_mask(proto)
+    if any(_PADDING in node.input for node in proto.graph.node):
+        _add_padding_mask(proto)
+    if not any(o.domain == DOMAIN for o in proto.opset_import):
+        proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     model = OnnxModel(proto)
     model.prune_graph()
     model.topological_sort()
@@ -81,7 +86,8 @@ class _Graph:
 
 
 def _attention(graph: _Graph, node: Any) -> None:
-    if len(node.input) < 4 or not graph.is_boolean(node.input[3]):
+    mask = node.input[3] if len(node.input) > 3 else ""
+    if mask and not graph.is_boolean(mask):
         return
     query, key, value = (_before_split(graph, name, node) for name in node.input[:3])
     joined = _after_join(graph, node)
@@ -89,7 +95,7 @@ def _attention(graph: _Graph, node: Any) -> None:
     graph.replace(
         joined,
         "MultiHeadAttention",
-        [query, key, value, "", _PADDING],
+        [query, key, value, *(["", _PADDING] if mask else [])],
         [joined.output[0]],
         num_heads=heads,
         scale=_attribute(node, "scale"),
@@ -162,5 +168,3 @@ def _add_padding_mask(proto: onnx.ModelProto) -> None:
 
     cast = helper.make_node("Cast", ["attention_mask"], [_PADDING], name=_PADDING, to=onnx.TensorProto.INT32)
     proto.graph.node.insert(0, cast)
-    if not any(o.domain == DOMAIN for o in proto.opset_import):
-        proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))

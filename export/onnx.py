@@ -45,7 +45,7 @@ def onnx_from_torch(
     cannot be traced or has an empty weight, MissingExtraError without torch, onnx or onnxscript.
     """
     program = program_from_torch(model, head, input_names)
-    signature = signature_of(model.config, input_names)
+    signature = signature_of(getattr(model, "config", None), input_names)
     proto = proto_from_program(program, signature, head.output_names, dialect)
     write_onnx(proto, path, shape, metadata, external_data_above_bytes)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, MissingExtraError
-from ..signature import signature_of
+from ..signature import Signature, signature_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,12 +31,12 @@ def program_from_torch(model: nn.Module, head: Head, input_names: Sequence[str])
         raise MissingExtraError(str(error.name), "cpu") from error
     model.eval()
     device = next(model.parameters()).device
-    signature = signature_of(model.config, input_names)
+    signature = signature_of(getattr(model, "config", None), input_names)
     rows, tokens = TRACED_SHAPE
     shape = signature.shape(rows, signature.tokens or tokens)
     batch = torch.ones(shape, dtype=torch.float32 if signature.image else torch.long, device=device)
     axes = {i: torch.export.Dim.DYNAMIC for i, axis in enumerate(signature.axes) if isinstance(axis, str)}
-    with quiet(), _sdpa(model), torch.no_grad():
+    with quiet(), _sdpa(model), _without_mask(model, signature), torch.no_grad():
         try:
             return torch.export.export(
                 with_head(model, head, input_names),
@@ -81,6 +81,27 @@ def _sdpa(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def _without_mask(model: Any, signature: Signature) -> Iterator[None]:
+    """Let the layers of an image model see no attention mask: transformers makes one of ones when it is traced."""
+    from torch import Tensor
+
+    from ..archs import arch_of
+
+    def drop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        hidden, *rest = args
+        kept = {k: None if k == "attention_mask" else v for k, v in kwargs.items()}
+        return (hidden, *(None if isinstance(v, Tensor) else v for v in rest)), kept
+
+    paths = arch_of(model).layer_paths(model) if signature.image else []
+    handles = [model.get_submodule(path).register_forward_pre_hook(drop, with_kwargs=True) for path in paths]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

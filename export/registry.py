@@ -129,7 +129,7 @@ class Source:
     @cached_property
     def signature(self) -> Signature:
         """What the model takes."""
-        return signature_of(self.model.config, self.input_names)
+        return signature_of(getattr(self.model, "config", None), self.input_names)
 
     @cached_property
     def program(self) -> Any:

@@ -21,6 +21,7 @@ from deploy_prune.checkpoint import load_dense, save_sliced
 from deploy_prune.costs import encoder_flops
 from deploy_prune.heads import Head
 from deploy_prune.masking import mask_model
+from deploy_prune.signature import signature_of
 from deploy_prune.slicing import slice_model
 from deploy_prune.units import SlicePlan
 
@@ -33,10 +34,20 @@ _CLASSES = {
     "qa": "QuestionAnswering",
 }
 _NAMES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "electra": "Electra", "mpnet": "MPNet"}
+_IMAGE_NAMES = {"vit": "ViT", "deit": "DeiT", "dinov2": "Dinov2"}
+IMAGE = (3, 8, 8)  # of image models: channels, height, width; 16 patches
+PROCESSOR = {
+    "image_processor_type": "ViTImageProcessor",
+    "size": {"height": 8, "width": 8},
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
 
 
 def tiny_model(family: str = "bert", head: str = "classification", seed: int = 0) -> Any:
     """Make a model of 2 layers, d = 32, 4 heads, 64 neurons, in evaluation mode."""
+    if family in _IMAGE_NAMES:
+        return _tiny_image_model(_IMAGE_NAMES[family], seed)
     name = _NAMES[family]
     sizes: dict[str, Any] = {"vocab_size": VOCAB, "max_position_embeddings": 66}
     if family == "distilbert":
@@ -57,7 +68,17 @@ def tiny_model(family: str = "bert", head: str = "classification", seed: int = 0
     return model
 
 
+def _tiny_image_model(name: str, seed: int) -> Any:
+    sizes: dict[str, Any] = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    sizes |= {"mlp_ratio": 2, "layerscale_value": 0.5} if name == "Dinov2" else {"intermediate_size": NEURONS}
+    config = getattr(transformers, f"{name}Config")(initializer_range=0.2, image_size=8, patch_size=2, **sizes)
+    torch.manual_seed(seed)
+    return getattr(transformers, f"{name}ForImageClassification")(config).eval()
+
+
 def input_names(family: str) -> list[str]:
+    if family in _IMAGE_NAMES:
+        return ["pixel_values"]
     names = ["input_ids", "attention_mask"]
     return [*names, "token_type_ids"] if family in ("bert", "electra") else names
 
@@ -77,8 +98,10 @@ def tiny_plan(model: Any, *, empty: bool = True, seed: int = 0) -> tuple[Any, Sl
 
 
 def tiny_inputs(names: list[str], batch: int, seq: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Return random inputs (batch, seq); the first row is padded where it is long enough."""
+    """Return random inputs (batch, seq), the first row padded where it is long enough; or random images."""
     rng = np.random.default_rng(seed)
+    if names == ["pixel_values"]:
+        return {"pixel_values": rng.normal(size=(batch, *IMAGE)).astype(np.float32)}
     inputs = {"input_ids": rng.integers(4, VOCAB, (batch, seq)), "attention_mask": np.ones((batch, seq), np.int64)}
     if seq > 4:
         inputs["attention_mask"][0, -3:] = 0
@@ -97,7 +120,10 @@ def make_bundle(root: Path, family: str = "bert", kind: str = "classification") 
     source = root.with_name(root.name + "-source")
     names = input_names(family)
     tiny_model(family, kind).save_pretrained(source)
-    tiny_tokenizer(model_input_names=names).save_pretrained(source)
+    if family in _IMAGE_NAMES:
+        (source / "preprocessor_config.json").write_text(json.dumps(PROCESSOR), "utf-8")
+    else:
+        tiny_tokenizer(model_input_names=names).save_pretrained(source)
     dense = load_dense(str(source), kind)  # type: ignore[arg-type]
     groups, plan = tiny_plan(dense.model)
     models = {
@@ -107,7 +133,7 @@ def make_bundle(root: Path, family: str = "bert", kind: str = "classification") 
     }
     root.mkdir(parents=True)
     bundle = Bundle(root, Manifest())
-    for path in save_sliced(models["sliced"], dense.tokenizer, root / "sliced"):
+    for path in save_sliced(models["sliced"], dense.processor, root / "sliced"):
         bundle.register(str(path.relative_to(root)))
     (root / "plan.json").write_text(json.dumps(plan.to_dict()), "utf-8")
     bundle.register("plan.json")
@@ -116,14 +142,16 @@ def make_bundle(root: Path, family: str = "bert", kind: str = "classification") 
         inputs = tiny_inputs(names, *shape, seed=index)
         bundle.add_golden(GoldenCase(inputs, {v: run_torch(models[v], head, inputs) for v in VARIANTS}))
     manifest = bundle.manifest
-    manifest.model = {"source": str(source), "sha256": dense.sha256, "model_type": family, "inputs": names}
+    manifest.model = {"source": str(source), "sha256": dense.sha256, "model_type": family}
+    manifest.model |= signature_of(dense.model.config, names).entry()
     manifest.model["architecture"] = type(dense.model).__name__
     manifest.task = {"name": "tiny", "head": kind, "pooling": "mean", "labels": ["no", "yes"], "metric": "accuracy"}
-    manifest.budget = {"kind": "flops", "keep": 0.5, "seq_len": 12}
+    length = manifest.model.get("tokens", 12)
+    manifest.budget = {"kind": "flops", "keep": 0.5, "seq_len": length}
     manifest.plan = {"hash": plan.hash, "layers": plan.layer_counts()}
     for variant, model in models.items():
         params = sum(p.numel() for p in model.parameters())
-        encoder = encoder_flops(groups, 12, plan if variant == "sliced" else None)
+        encoder = encoder_flops(groups, length, plan if variant == "sliced" else None)
         counts = {"flops": encoder, "encoder_flops": encoder, "params": params, "weight_bytes": 4 * params}
         manifest.counts[variant] = counts
     bundle.commit()

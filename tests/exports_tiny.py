@@ -23,6 +23,8 @@ FAMILIES = {
     "distilbert": "token",
     "electra": "regression",
     "mpnet": "embedding",
+    "vit": "classification",
+    "dinov2": "classification",
 }
 
 

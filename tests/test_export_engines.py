@@ -33,7 +33,7 @@ def test_engines_are_built_ahead_of_time(family: str, kind: Kind) -> None:
     assert engine["builder"] == "tensorrt-rtx"
     assert engine["version"] == rtx.__version__
     assert engine["gpu"] is None
-    assert engine["inputs"] == dict.fromkeys(given.input_names, "INT64")
+    assert engine["inputs"] == dict.fromkeys(given.input_names, "FLOAT" if given.signature.image else "INT64")
     assert engine["outputs"] == dict.fromkeys(given.head.output_names, "FLOAT")
     limit = 66 if family not in ("roberta", "mpnet") else 64  # two positions of theirs mean padding
     assert engine["profile"] == f"1x1:1x32:8x{limit}"

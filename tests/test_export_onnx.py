@@ -24,6 +24,7 @@ from deploy_prune.heads import Head
 from deploy_prune.runtimes import Runner
 from deploy_prune.runtimes.fixed import FixedShape
 from deploy_prune.runtimes.ort import OrtRunner
+from deploy_prune.signature import Signature
 from deploy_prune.slicing import slice_model
 from deploy_prune.units import SlicePlan
 
@@ -115,7 +116,8 @@ def graph(kind: Kind) -> onnx.ModelProto:
 
 def translated(model: torch.nn.Module, dialect: str) -> onnx.ModelProto:
     names = input_names("bert")
-    return proto_from_program(program_from_torch(model, Head("classification"), names), names, ["logits"], dialect)
+    program = program_from_torch(model, Head("classification"), names)
+    return proto_from_program(program, Signature(tuple(names)), ["logits"], dialect)
 
 
 def counts(proto: onnx.ModelProto) -> Counter[str]:

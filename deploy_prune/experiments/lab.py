@@ -64,11 +64,11 @@ class Lab:
         self.head = Head(task_head(setting.task))
         dense = load_dense(source, self.head.kind)
         self.device = resolve_device(setting.device)
-        self.model, self.tokenizer = dense.model.to(self.device), dense.tokenizer
-        self.pad_id = int(dense.tokenizer.pad_token_id or 0)
+        self.model, self.processor = dense.model.to(self.device), dense.processor
+        self.pad_id = dense.pad_id
         self.data = load_task(
             setting.task,
-            tokenizer=dense.tokenizer,
+            processor=dense.processor,
             config=self.model.config,
             data=setting.data,
             max_length=setting.max_length,
@@ -159,7 +159,7 @@ class Lab:
 
     def candidate(self, model: nn.Module) -> Candidate:
         """Return a sliced model as what can be timed."""
-        return Candidate(model.cpu(), self.tokenizer, input_names(self.model, self.tokenizer))
+        return Candidate(model.cpu(), self.processor, input_names(self.model, self.processor))
 
     @cached_property
     def rival(self) -> Lab:

@@ -149,7 +149,7 @@ def seconds(lab: Lab) -> Rows:
             yield {"keep": keep, "seed": seed, "method": method, **stages, "total": sum(stages.values())}
     train = lab.data.train
     rows = train.encode(range(len(train)))
-    learner = Learner(copy.deepcopy(lab.model), lab.tokenizer, lab.head.kind)
+    learner = Learner(copy.deepcopy(lab.model), lab.processor, lab.head.kind)
     started = time.perf_counter()
     learner.train(rows, Recipe(epochs=1, batch_size=32, learning_rate=2e-5))
     total = time.perf_counter() - started

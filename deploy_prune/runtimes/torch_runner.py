@@ -42,7 +42,7 @@ class TorchRunner(Runner):
         self.compiled, self.cuda_graphs = compiled, cuda_graphs
         self.head = head
         self.threads = threads
-        signature = signature_of(self.model.config, input_names)
+        signature = signature_of(getattr(self.model, "config", None), input_names)
         self.inputs = tuple(TensorSpec(n, signature.dtype, signature.axes) for n in input_names)
         self.output_names = head.output_names
 
