@@ -36,7 +36,8 @@ def test_engines_are_built_ahead_of_time(family: str, kind: Kind) -> None:
     assert engine["inputs"] == dict.fromkeys(given.input_names, "FLOAT" if given.signature.image else "INT64")
     assert engine["outputs"] == dict.fromkeys(given.head.output_names, "FLOAT")
     limit = 66 if family not in ("roberta", "mpnet") else 64  # two positions of theirs mean padding
-    assert engine["profile"] == f"1x1:1x32:8x{limit}"
+    tokens = given.signature.tokens
+    assert engine["profile"] == (f"1x{tokens}:1x{tokens}:8x{tokens}" if tokens else f"1x1:1x32:8x{limit}")
 
 
 @no_gpu
