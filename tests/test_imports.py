@@ -21,8 +21,8 @@ FOLDERS = {
 
 # A room may import rooms of its own line and of the lines above it, never of a line below.
 LAYERS = [
-    "errors units progress moments",
-    "latency_table",
+    "errors units progress moments image_settings",
+    "latency_table images",
     "archs costs heads tasks bundle config masking modeling_sliced batches fidelity given_masks archives snippets",
     "calibration predict layerwise teacher",
     "criteria",
@@ -45,6 +45,7 @@ TORCH_FREE = [
     *("deploy_prune", "deploy_prune.errors", "deploy_prune.units", "deploy_prune.bundle", "deploy_prune.config"),
     *("deploy_prune.cli", "deploy_prune.demo", "deploy_prune.runtimes", "deploy_prune.runtimes.base"),
     *("deploy_prune.runtimes.ort", "deploy_prune.serve", "deploy_prune.runtime_bench"),
+    *("deploy_prune.images", "deploy_prune.image_settings"),
     *("deploy_prune.runtime_bench.stats", "deploy_prune.runtime_bench.gate", "deploy_prune.runtime_bench.report"),
 ]
 
