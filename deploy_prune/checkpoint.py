@@ -18,9 +18,10 @@ from .archs import arch_of, check_config
 from .bundle import Bundle, Variant, disk_errors, sha256_file
 from .errors import BundleError, InputError, SystemStateError, UnsupportedModelError
 from .heads import Head
-from .images import ImageProcessor
+from .image_settings import SETTINGS
+from .images import ImageProcessor, check_fit
 from .masking import OutputWeights, mask_model
-from .signature import PIXELS, takes_images
+from .signature import Signature, image_signature, takes_images
 from .tasks.base import HeadKind
 
 AUTO_CLASSES: dict[HeadKind, str] = {
@@ -31,7 +32,6 @@ AUTO_CLASSES: dict[HeadKind, str] = {
     "embedding": "AutoModel",
 }
 IMAGE_CLASS = "AutoModelForImageClassification"
-PROCESSOR_FILE = "preprocessor_config.json"
 
 
 @dataclass
@@ -48,6 +48,11 @@ class Dense:
         """Return the token id that rows are padded with; 0 for images."""
         return int(getattr(self.processor, "pad_token_id", None) or 0)
 
+    @property
+    def signature(self) -> Signature:
+        """Return what the model takes, as its tokenizer or image processor makes it."""
+        return input_signature(self.model, self.processor)
+
 
 def load_config(source: str) -> Any:
     """Read a model's config and refuse what cannot be pruned. Raises InputError or UnsupportedModelError."""
@@ -63,13 +68,14 @@ def load_dense(source: str, head: HeadKind) -> Dense:
     Models compute in fp32 whatever the file holds. Raises InputError when it is not there, lacks
     weights (a head that was never trained), or holds NaN or Inf.
     """
-    images = takes_images(load_config(source))
+    config = load_config(source)
+    images = takes_images(config)
     if images and head != "classification":
         raise InputError(f"{source} takes images: it can only classify them here.", hint="Name an image task.")
     auto = getattr(transformers, IMAGE_CLASS if images else AUTO_CLASSES[head])
     with _loading(source), quiet_transformers():
         model, info = auto.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-        processor = load_processor(source) if images else transformers.AutoTokenizer.from_pretrained(source)
+        processor = load_processor(source, config)
     missing = sorted(k for k in info["missing_keys"] if not (head == "embedding" and "pooler" in k))
     if missing:
         raise InputError(
@@ -82,9 +88,13 @@ def load_dense(source: str, head: HeadKind) -> Dense:
     return Dense(model.eval(), processor, source, _hash_source(source))
 
 
-def load_processor(source: str) -> ImageProcessor:
-    """Read the image processor of a checkpoint, from a hub id or a local folder."""
-    return ImageProcessor.from_folder(Path(transformers.utils.cached_file(source, PROCESSOR_FILE)).parent)
+def load_processor(source: str, config: Any) -> Any:
+    """Load the tokenizer or image processor of a checkpoint, from a hub id or a local folder."""
+    if not takes_images(config):
+        return transformers.AutoTokenizer.from_pretrained(source)
+    processor = ImageProcessor.from_folder(Path(transformers.utils.cached_file(source, SETTINGS)).parent)
+    check_fit(processor, config)
+    return processor
 
 
 def check_weights(model: nn.Module, source: str) -> None:
@@ -94,11 +104,12 @@ def check_weights(model: nn.Module, source: str) -> None:
             raise InputError(f"{source}: the weights of {name} hold NaN or Inf.", hint="Use an intact checkpoint.")
 
 
-def input_names(model: nn.Module, processor: Any) -> list[str]:
+def input_signature(model: nn.Module, processor: Any) -> Signature:
     """Return the model inputs that its tokenizer or image processor makes, in the tokenizer's order."""
     if isinstance(processor, ImageProcessor):
-        return [PIXELS]
-    return [n for n in ("input_ids", "attention_mask", "token_type_ids") if n in processor.model_input_names]
+        return image_signature(model.config, processor.output_size)
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return Signature(tuple(n for n in names if n in processor.model_input_names))
 
 
 def save_sliced(model: nn.Module, processor: Any, folder: Path) -> list[Path]:

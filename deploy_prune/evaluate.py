@@ -16,6 +16,7 @@ from .golden import golden_cases, random_rows
 from .heads import Head
 from .predict import predict
 from .progress import Progress
+from .signature import Signature
 from .tasks.base import RowOutput, Split, TaskData
 from .variants import Variants
 
@@ -30,15 +31,16 @@ def evaluate(
 ) -> int:
     """Measure quality and fidelity, check that sliced equals virtual, store golden cases; return the rows.
 
-    Without data the models are compared on random tokens and quality stays null. Raises VerdictError
+    Without data the models are compared on random inputs and quality stays null. Raises VerdictError
     when the sliced model differs from the masked one by more than rounding.
     """
     manifest = bundle.manifest
     pad_id = int(manifest.model["pad_id"])
-    splits: dict[str, Split | None] = dict(data.evals) if data else {"random tokens": None}
+    signature = Signature.of_manifest(manifest.model)
+    splits: dict[str, Split | None] = dict(data.evals) if data else {"random inputs": None}
     count = 0
     for number, (split_name, split) in enumerate(splits.items()):
-        rows = split.rows() if split else random_rows(variants.dense, manifest.model["inputs"], pad_id)
+        rows = split.rows() if split else random_rows(variants.dense, signature, pad_id)
         outputs = {}
         for position, (name, model) in enumerate(variants.items().items()):
             share = Share(progress, number * 3 + position, 3 * len(splits))

@@ -12,7 +12,7 @@ from .archs import max_positions
 from .batches import Batches
 from .bundle import GoldenCase
 from .heads import Head
-from .signature import PIXELS, signature_of
+from .signature import PIXELS, Signature
 from .tasks.base import Row
 from .variants import Variants
 
@@ -28,7 +28,7 @@ def golden_cases(variants: Variants, head: Head, rows: Sequence[Row], pad_id: in
     for chosen, extra in shapes:
         unlabelled = [Row(r.features, tokens=r.tokens) for r in chosen]
         batch = Batches(unlabelled, head, pad_id).collate(list(range(len(chosen))))
-        extra = max(0, min(extra, limit - batch.mask.shape[1]))  # none for images: their tokens are all there is
+        extra = 0 if PIXELS in batch.inputs else max(0, min(extra, limit - batch.mask.shape[1]))
         inputs = {
             name: torch.nn.functional.pad(t, (0, extra), value=pad_id if name == "input_ids" else 0)
             for name, t in batch.inputs.items()
@@ -42,10 +42,9 @@ def golden_cases(variants: Variants, head: Head, rows: Sequence[Row], pad_id: in
     return cases
 
 
-def random_rows(model: nn.Module, inputs: Sequence[str], pad_id: int) -> list[Row]:
+def random_rows(model: nn.Module, signature: Signature, pad_id: int) -> list[Row]:
     """Return rows of random tokens of several lengths, or of random pixels, to compare models on without data."""
     rng = np.random.default_rng(0)
-    signature = signature_of(model.config, inputs)
     if signature.image:
         pixels = rng.normal(size=(8, *signature.image)).astype(np.float32)
         return [Row({PIXELS: image}, tokens=signature.tokens) for image in pixels]
@@ -59,5 +58,5 @@ def random_rows(model: nn.Module, inputs: Sequence[str], pad_id: int) -> list[Ro
             "attention_mask": np.ones(length, np.int64),
             "token_type_ids": np.zeros(length, np.int64),
         }
-        rows.append(Row({name: ones[name].astype(np.int64) for name in inputs}))
+        rows.append(Row({name: ones[name].astype(np.int64) for name in signature.inputs}))
     return rows

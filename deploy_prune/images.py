@@ -9,7 +9,7 @@ import io
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +38,7 @@ class ImageProcessor:
     scale: float | None = None
     mean: tuple[float, ...] | None = None  # per channel
     std: tuple[float, ...] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False)  # as the file gave them
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ImageProcessor:
@@ -54,7 +55,12 @@ class ImageProcessor:
 
         Raises UnsupportedModelError naming a setting that this does not follow, InputError for one that is wrong.
         """
-        return cls(**read_settings(settings, config))
+        return cls(**read_settings(settings, config), settings=dict(settings))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the settings that it was read from beside a checkpoint."""
+        text = json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n"
+        (Path(folder) / SETTINGS).write_text(text, encoding="utf-8")
 
     def __call__(self, images: Sequence[Any]) -> np.ndarray:
         """Return the pixel values (B, C, H, W), float32, of uint8 arrays (H, W) or (H, W, C), or of Pillow's images.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from .heads import Head
 from .runtime_bench.bench import Place, time_subjects
 from .runtime_bench.stats import Ratio, ratio_of_medians, summarise_ms
 from .runtime_bench.subjects import Subject
-from .signature import signature_of
+from .signature import Signature
 from .units import SlicePlan
 from .variants import Variants
 
@@ -33,7 +33,7 @@ class Candidate:
 
     model: nn.Module
     processor: Any
-    inputs: Sequence[str]
+    signature: Signature
 
 
 @dataclass
@@ -46,17 +46,17 @@ class Stage:
 
     def write(self, name: str, candidate: Candidate) -> Path:
         """Write a model and return its bundle's folder."""
-        model, processor, inputs = candidate.model, candidate.processor, candidate.inputs
+        model, processor, signature = candidate.model, candidate.processor, candidate.signature
         root = self.folder / name
         root.mkdir(parents=True)
         pad_id = int(getattr(processor, "pad_token_id", None) or 0)
         bundle = Bundle(root, Manifest())
-        bundle.manifest.model = {**signature_of(model.config, inputs).entry(), "pad_id": pad_id}
+        bundle.manifest.model = {**signature.entry(), "pad_id": pad_id}
         bundle.manifest.task = {"head": self.head.kind, "pooling": self.head.pooling}
         for path in save_sliced(model, processor, root / "sliced"):
             bundle.register(str(path.relative_to(root)))
         alone = Variants(model, model, model, (), SlicePlan(()), [])
-        for case in golden_cases(alone, self.head, random_rows(model, inputs, pad_id), pad_id):
+        for case in golden_cases(alone, self.head, random_rows(model, signature, pad_id), pad_id):
             bundle.add_golden(case)
         if self.runtime in FORMAT_OF:
             export_bundle(

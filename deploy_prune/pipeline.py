@@ -18,7 +18,7 @@ from . import __version__
 from .archs import arch_of, max_positions
 from .bundle import VARIANTS, Artifact, Bundle, Stage, disk_errors, publish, staging, write_atomically
 from .calibration import sample_indices
-from .checkpoint import Dense, input_names, load_config, load_dense, save_sliced
+from .checkpoint import Dense, load_config, load_dense, save_sliced
 from .config import MIN_SAMPLES, BenchSettings, Recipe
 from .costs import Budget, encoder_flops
 from .errors import BundleError, InputError, VerdictError
@@ -27,6 +27,7 @@ from .heads import Head
 from .latency_table import read_latency_table
 from .progress import Reporter, Silent
 from .pruner import prune_rows
+from .signature import Signature
 from .stages import Options, PrunedPlan, Recorder, resolve_device
 from .tasks import check_task, data_has_pair, infer_task, load_task, task_head
 from .tasks.base import Row, TaskData
@@ -58,7 +59,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
         dense = load_dense(source, head_kind)
         data = load_task(
             task_name,
-            tokenizer=dense.tokenizer,
+            processor=dense.processor,
             config=dense.model.config,
             data=data_path,
             max_length=recipe.max_length,
@@ -68,7 +69,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
         head = Head(head_kind, pooling=recipe.pooling)
         label_free = _label_free(recipe, data)
         rows = _calibration_rows(recipe, data, reporter)
-        _check_length(recipe.seq_len, dense.model)
+        _check_length(recipe.seq_len, dense)
 
         dense.model.to(device)
         pruned = prune_rows(
@@ -149,9 +150,9 @@ def slice_given(
         task_data = None
         if data is not None:
             task = task or infer_task(config, has_text_pair=data_has_pair(Path(data)))
-            task_data = load_task(task, tokenizer=dense.tokenizer, config=dense.model.config, data=data)
-        seq_len = seq_len or min(128, max_positions(dense.model))
-        _check_length(seq_len, dense.model)
+            task_data = load_task(task, processor=dense.processor, config=dense.model.config, data=data)
+        seq_len = seq_len or dense.signature.tokens or min(128, max_positions(dense.model))
+        _check_length(seq_len, dense)
         recorder = Recorder(torch.device("cpu"))
         groups = arch_of(dense.model).groups(dense.model)
         plan = SlicePlan.from_masks(groups, read_masks(masks, groups))
@@ -287,9 +288,12 @@ def _budget_entry(pruned: PrunedPlan) -> dict[str, Any]:
     return {"kind": first["kind"], "keep": first["keep"], "seq_len": pruned.seq_len, "limits": pruned.limits}
 
 
-def _check_length(seq_len: int | None, model: nn.Module) -> None:
-    limit = max_positions(model)
-    if seq_len is not None and seq_len > limit:
+def _check_length(seq_len: int | None, dense: Dense) -> None:
+    if seq_len is None:
+        return
+    dense.signature.check_length(seq_len)
+    limit = dense.signature.tokens or max_positions(dense.model)
+    if seq_len > limit:
         raise InputError(f"seq_len {seq_len} is longer than the model's {limit} positions.", hint="Use a shorter one.")
 
 
@@ -339,7 +343,7 @@ def _fill(bundle: Bundle, variants: Variants, dense: Dense, head: Head, name: st
         "sha256": dense.sha256,
         "model_type": arch_of(variants.dense).name,
         "architecture": type(variants.dense).__name__,
-        **signature_of(variants.dense.config, input_names(variants.dense, dense.processor)).entry(),
+        **dense.signature.entry(),
         "pad_id": dense.pad_id,
     }
     manifest.plan = {
@@ -350,7 +354,7 @@ def _fill(bundle: Bundle, variants: Variants, dense: Dense, head: Head, name: st
         ).layer_counts(),
         "refitted": variants.refitted,
     }
-    manifest.counts = count_variants(variants, head, seq_len, manifest.model["inputs"])
+    manifest.counts = count_variants(variants, head, seq_len, dense.signature)
 
 
 def _store(bundle: Bundle, variants: Variants, dense: Dense, recorder: Recorder) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from .archs import check_config, max_positions
-from .checkpoint import input_names, load_config, load_dense
+from .checkpoint import load_config, load_dense
 from .errors import InputError
 from .heads import Head
 from .latency_table import LatencyTable
@@ -52,17 +52,18 @@ def probe(
     source = str(Path(model).resolve()) if Path(model).is_dir() else model
     head = Head(model_head(load_config(source)))
     dense = load_dense(source, head.kind)
-    if seq > (limit := max_positions(dense.model)):
+    if (tokens := dense.signature.tokens) is not None:
+        seq = tokens
+    elif seq > (limit := max_positions(dense.model)):
         raise InputError(f"The model has {limit} positions, not {seq}.", hint="Probe at a shorter length.")
     groups = check_config(dense.model.config).groups(dense.model)
     attention, ffn = one_shape(groups, "head"), one_shape(groups, "neuron")
     full = Point(attention.size, ffn.size)
     place = Place(runtime, batch, seq, default_threads() if threads is None else threads)
     points = [p for p in grid(*full, widths) if p != full]
-    inputs = input_names(dense.model, dense.processor)
 
     def cut(point: Point) -> Candidate:
-        return Candidate(cut_alike(dense.model, groups, point), dense.processor, inputs)
+        return Candidate(cut_alike(dense.model, groups, point), dense.processor, dense.signature)
 
     found, dense_ns = {full: Ratio(1.0, 1.0, 1.0)}, []
     with tempfile.TemporaryDirectory(prefix="deploy-prune-probe-") as folder:

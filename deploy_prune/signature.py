@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from .errors import InputError
+from .image_settings import model_size
+from .images import image_tokens
 
 PIXELS = "pixel_values"
 
@@ -69,21 +71,18 @@ def takes_images(config: Any) -> bool:
     return hasattr(config, "num_channels")
 
 
-def signature_of(config: Any, inputs: Sequence[str]) -> Signature:
-    """Return the signature of a model with a transformers config that takes these inputs."""
+def signature_of(config: Any, inputs: Signature | Sequence[str]) -> Signature:
+    """Return a signature as it is, or that of a model with a transformers config which takes inputs of these names.
+
+    Images are then of the config's size; processors of DINOv2 make smaller ones, so that theirs is the one to ask.
+    """
+    if isinstance(inputs, Signature):
+        return inputs
     if PIXELS not in inputs:
         return Signature(tuple(inputs))
-    height, width = _pair(config.image_size)
-    return Signature(tuple(inputs), (int(config.num_channels), height, width), image_tokens(config))
+    return image_signature(config, (int(config.num_channels), *(model_size(config) or (0, 0))))
 
 
-def image_tokens(config: Any) -> int:
-    """Return how many tokens a vision transformer makes of an image: its patches and its special tokens."""
-    (height, width), (down, across) = _pair(config.image_size), _pair(config.patch_size)
-    special = 2 if config.model_type == "deit" else 1  # DeiT has a distillation token beside [CLS]
-    return (height // down) * (width // across) + special
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return int(height), int(width)
+def image_signature(config: Any, image: tuple[int, int, int]) -> Signature:
+    """Return the signature of a model that is given images (C, H, W)."""
+    return Signature((PIXELS,), image, image_tokens(config, image[1:]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,8 @@ from torch import nn
 
 from .costs import encoder_flops, removed_params
 from .heads import Head
-from .signature import signature_of
 from .masking import OutputWeights, mask_model
+from .signature import Signature
 from .slicing import slice_model
 from .units import SlicePlan, UnitGroup
 
@@ -45,11 +45,10 @@ def make_variants(
     return Variants(model, virtual, sliced, groups, plan, sorted(on_cpu))
 
 
-def count_variants(variants: Variants, head: Head, seq_len: int, inputs: Sequence[str]) -> dict[str, dict[str, int]]:
+def count_variants(variants: Variants, head: Head, seq_len: int, signature: Signature) -> dict[str, dict[str, int]]:
     """Count FLOPs by the formula and check them against the models that run."""
     from .runtime_bench.flops import count_torch
 
-    signature = signature_of(variants.dense.config, inputs)
     dtype = torch.float32 if signature.image else torch.long
     feeds = {name: torch.ones(shape, dtype=dtype) for name, shape in signature.shapes(1, seq_len).items()}
     plans: dict[str, SlicePlan | None] = {"dense": None, "virtual": None, "sliced": variants.plan}

@@ -15,6 +15,7 @@ from ..bundle import Artifact
 from ..errors import InputError, SystemStateError, VerdictError
 from ..runtimes import Runner
 from ..runtimes.engine import API, RTX, TENSORRT, EngineRunner, gpu_name, load_api, missing_gpu
+from ..signature import Signature
 from .registry import Kind, Options, Profile, Shape, Source
 
 DIALECT = "opset23"  # of the ONNX file that engines are built from

@@ -71,10 +71,10 @@ class Evaluation:
 
 def evaluation_of(bundle: Bundle) -> Evaluation | None:
     """Load the data that a bundle was made with; None when it was made without. Raises DataError if they are gone."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     from ..calibration import sample_indices
-    from ..checkpoint import head_of, quiet_transformers
+    from ..checkpoint import head_of, load_processor, quiet_transformers
     from ..tasks import load_task
 
     recipe, task = bundle.manifest.recipe, bundle.manifest.task
@@ -82,11 +82,12 @@ def evaluation_of(bundle: Bundle) -> Evaluation | None:
         return None
     folder = bundle.path("sliced")
     with quiet_transformers():
-        tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+        processor = load_processor(str(folder), config)
     try:
         data = load_task(
             task["name"],
-            tokenizer=tokenizer,
+            processor=processor,
             config=config,
             data=recipe["data"],
             max_length=recipe.get("max_length"),

@@ -32,7 +32,7 @@ def onnx_from_torch(
     head: Head,
     path: str | Path,
     *,
-    input_names: Sequence[str],
+    input_names: Signature | Sequence[str],
     dialect: str = "opset23",
     shape: Shape | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -44,8 +44,8 @@ def onnx_from_torch(
     `path` + ".data" beside it. The file has passed the ONNX checker. Raises InputError when the model
     cannot be traced or has an empty weight, MissingExtraError without torch, onnx or onnxscript.
     """
-    program = program_from_torch(model, head, input_names)
     signature = signature_of(getattr(model, "config", None), input_names)
+    program = program_from_torch(model, head, signature)
     proto = proto_from_program(program, signature, head.output_names, dialect)
     write_onnx(proto, path, shape, metadata, external_data_above_bytes)
 
@@ -194,7 +194,8 @@ class OnnxExporter:
                 calibration: Sequence[Feeds] = source.calibration()
                 method = source.options.calibrate_by
                 proto = lower.to_qdq_int8(proto, calibration, method)
-                said = {"calibration": {"method": method, "rows": sum(len(next(iter(f.values()))) for f in calibration)}}
+                rows = sum(len(next(iter(feeds.values()))) for feeds in calibration)
+                said = {"calibration": {"method": method, "rows": rows}}
         write_onnx(proto, path, kind.shape, source.metadata, limit)
         return said
 

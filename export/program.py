@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 TRACED_SHAPE = (3, 11)  # batch, sequence: neither 0 nor 1 (torch.export fixes those), nor equal to each other
 
 
-def program_from_torch(model: nn.Module, head: Head, input_names: Sequence[str]) -> Any:
+def program_from_torch(model: nn.Module, head: Head, inputs: Signature | Sequence[str]) -> Any:
     """Trace a model with its head, outputs a tuple: inputs (batch, sequence) int64, both axes free, or images
     (batch, C, H, W) float32 of the model's size.
 
@@ -31,7 +31,7 @@ def program_from_torch(model: nn.Module, head: Head, input_names: Sequence[str])
         raise MissingExtraError(str(error.name), "cpu") from error
     model.eval()
     device = next(model.parameters()).device
-    signature = signature_of(getattr(model, "config", None), input_names)
+    signature = signature_of(getattr(model, "config", None), inputs)
     rows, tokens = TRACED_SHAPE
     shape = signature.shape(rows, signature.tokens or tokens)
     batch = torch.ones(shape, dtype=torch.float32 if signature.image else torch.long, device=device)
@@ -39,9 +39,9 @@ def program_from_torch(model: nn.Module, head: Head, input_names: Sequence[str])
     with quiet(), _sdpa(model), _without_mask(model, signature), torch.no_grad():
         try:
             return torch.export.export(
-                with_head(model, head, input_names),
-                tuple(batch.clone() for _ in input_names),
-                dynamic_shapes=(tuple(axes for _ in input_names),),
+                with_head(model, head, signature.inputs),
+                tuple(batch.clone() for _ in signature.inputs),
+                dynamic_shapes=(tuple(axes for _ in signature.inputs),),
                 strict=False,
             )
         except Exception as error:  # torch's tracing errors share no base class

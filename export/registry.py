@@ -111,7 +111,7 @@ class Options:
 
 @dataclass
 class Source:
-    """Hold what is exported: a model with its head, its inputs' names, and what the file says of its origin.
+    """Hold what is exported: a model with its head, what it takes, and what the file says of its origin.
 
     `feeds` gives the calibration batches of static quantisation; `make` makes another kind of file of
     the same model, checked, and returns its path: engines and OpenVINO files are made from ONNX files.
@@ -119,7 +119,7 @@ class Source:
 
     model: nn.Module
     head: Head
-    input_names: Sequence[str]
+    inputs: Signature | Sequence[str]
     metadata: Mapping[str, str]
     options: Options = field(default_factory=Options)
     usual_length: int = 128  # tokens; the budget's
@@ -129,14 +129,18 @@ class Source:
     @cached_property
     def signature(self) -> Signature:
         """What the model takes."""
-        return signature_of(getattr(self.model, "config", None), self.input_names)
+        return signature_of(getattr(self.model, "config", None), self.inputs)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return self.signature.inputs
 
     @cached_property
     def program(self) -> Any:
         """The model as one ExportedProgram with free batch and sequence; all dialects are made from it."""
         from .program import program_from_torch
 
-        return program_from_torch(self.model, self.head, self.input_names)
+        return program_from_torch(self.model, self.head, self.signature)
 
     def calibration(self) -> Sequence[Feeds]:
         """Return the calibration batches. Raises InputError when there are none."""

@@ -162,7 +162,7 @@ class Workshop:
         return Source(
             model=given[self.variant] if self.variant in given else load_variant(self.bundle, self.variant),
             head=head_of(self.bundle),
-            input_names=self.bundle.manifest.model["inputs"],
+            inputs=Signature.of_manifest(self.bundle.manifest.model),
             metadata=_metadata(self.bundle) | {"deploy_prune.variant": self.variant},
             options=self.options,
             usual_length=int(self.bundle.manifest.budget.get("seq_len", 128)),
@@ -229,7 +229,7 @@ class Workshop:
             self.bundle.golden(),
             kind.shape,
             self.variant,
-            lambda: TorchRunner(self.source.model, self.source.head, self.source.input_names),
+            lambda: TorchRunner(self.source.model, self.source.head, self.source.signature),
         )
 
     def _taken_over(self, kind: Kind) -> Made | None:

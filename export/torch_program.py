@@ -44,7 +44,7 @@ class ProgramExporter:
         if kind.precision != "fp32":
             dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[kind.precision]
             model = copy.deepcopy(source.model).to(dtype)
-            program = program_from_torch(model, source.head, source.input_names)
+            program = program_from_torch(model, source.head, source.signature)
         said: dict[str, list[Any]] = {"outputs": list(source.head.output_names), "inputs": list(source.input_names)}
         if source.signature.image:
             said["image"] = list(source.signature.image)

@@ -92,7 +92,7 @@ def bundle_feeds(bundle: Bundle, runner: Runner, batch: int, seq: int) -> dict[s
     signature = Signature.of_manifest(bundle.manifest.model)
     if signature.image:
         pixels = np.random.default_rng(SEED).normal(size=signature.shape(batch, seq)).astype(np.float32)
-        return {name: pixels for name in runner.input_names}
+        return dict.fromkeys(runner.input_names, pixels)
     config = json.loads(Path(bundle.path("sliced/config.json")).read_text("utf-8"))
     longest = config.get("max_position_embeddings")
     if longest is not None and seq > longest:

@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
-from ..signature import image_tokens
+from ..images import image_tokens
 from . import bert, dinov2, distilbert, electra, mpnet, roberta, vit
 from .base import Arch, Layout, Sublayer, per_layer
 

@@ -76,7 +76,8 @@ def sweep(
         sums = {}
         for g in layer_groups:
             last = g is layers[-1][-1] and head.kind in ("classification", "regression")
-            cls_only = solver.cls_only_last and last and "input_ids" in feeds[0].inputs  # images may be pooled otherwise
+            text = "input_ids" in feeds[0].inputs  # image models may read other tokens than the first
+            cls_only = solver.cls_only_last and last and text
             salient = saliency[g.name] if saliency is not None else None
             sums[g.name] = _Sums(g, plan, solver, feeds, cls_only, salient, gain_of(student, g), below.device)
         teacher.visit(depth, _adder(sums) if solver.parallel else None)

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from ..calibration import sample_indices
-from ..checkpoint import input_names, load_config, load_dense
+from ..checkpoint import input_signature, load_config, load_dense
 from ..costs import Budget, encoder_flops, latency_table
 from ..errors import InputError
 from ..fidelity import fidelity
@@ -159,7 +159,7 @@ class Lab:
 
     def candidate(self, model: nn.Module) -> Candidate:
         """Return a sliced model as what can be timed."""
-        return Candidate(model.cpu(), self.processor, input_names(self.model, self.processor))
+        return Candidate(model.cpu(), self.processor, input_signature(self.model, self.processor))
 
     @cached_property
     def rival(self) -> Lab:

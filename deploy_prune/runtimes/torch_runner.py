@@ -6,11 +6,9 @@ import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..bundle import Bundle, Variant
 from ..errors import InputError, MissingExtraError, SystemStateError
-from ..signature import signature_of
+from ..signature import Signature, signature_of
 from .base import Arrays, Opener, Runner, TensorSpec
 
 if TYPE_CHECKING:
@@ -32,7 +30,7 @@ class TorchRunner(Runner):
         self,
         model: nn.Module,
         head: Head,
-        input_names: Sequence[str],
+        inputs: Signature | Sequence[str],
         threads: int | None = None,
         *,
         compiled: bool = False,
@@ -42,8 +40,8 @@ class TorchRunner(Runner):
         self.compiled, self.cuda_graphs = compiled, cuda_graphs
         self.head = head
         self.threads = threads
-        signature = signature_of(getattr(self.model, "config", None), input_names)
-        self.inputs = tuple(TensorSpec(n, signature.dtype, signature.axes) for n in input_names)
+        signature = signature_of(getattr(self.model, "config", None), inputs)
+        self.inputs = tuple(TensorSpec(n, signature.dtype, signature.axes) for n in signature.inputs)
         self.output_names = head.output_names
 
     def _activate(self) -> None:
@@ -52,7 +50,8 @@ class TorchRunner(Runner):
         except ImportError as error:
             raise MissingExtraError("torch", "cpu") from error
         self.model.eval()
-        self.device = next(self.model.parameters()).device
+        parameter = next(self.model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
         self.provider = str(self.device)
         if self.compiled:
             if self.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
@@ -70,13 +69,14 @@ class TorchRunner(Runner):
 
         with torch.inference_mode():
             batch = {name: torch.from_numpy(array).to(self.device) for name, array in feeds.items()}
+            batch = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in batch.items()}
             if self.device.type != "cuda":
-                return {name: out.numpy() for name, out in self.head.outputs(self.model, batch).items()}
+                return {name: out.float().numpy() for name, out in self.head.outputs(self.model, batch).items()}
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             outputs = self.head.outputs(self.model, batch)
             end.record()
-            found = {name: out.cpu().numpy() for name, out in outputs.items()}  # waits for the device
+            found = {name: out.float().cpu().numpy() for name, out in outputs.items()}  # waits for the device
             self.device_ns = round(1e6 * begin.elapsed_time(end))
             return found
 
@@ -87,11 +87,16 @@ class TorchRunner(Runner):
 
 
 def opener(device: str, *, compiled: bool, cuda_graphs: bool = False) -> Opener:
-    """Return what loads a variant of a bundle on a device; its inputs are those the bundle names."""
+    """Return what loads a variant of a bundle on a device; its inputs are those the bundle names.
+
+    On a GPU the sixteen-bit precisions are those of all weights and of the arithmetic.
+    """
+    precisions = ("fp32", "fp16", "bf16") if device == "cuda" else ("fp32",)
 
     def open_torch(bundle: Bundle, variant: Variant, *, threads: int | None = None, precision: str = "fp32") -> Runner:
-        if precision != "fp32":
-            raise InputError(f"torch computes in fp32 here, not {precision}.", hint="Use pt2, or another runtime.")
+        if precision not in precisions:
+            there = " or ".join(precisions)
+            raise InputError(f"torch computes in {there} here, not {precision}.", hint="Use pt2, or another runtime.")
         try:
             import torch
 
@@ -102,8 +107,9 @@ def opener(device: str, *, compiled: bool, cuda_graphs: bool = False) -> Opener:
             raise MissingExtraError(str(error.name), "cpu") from error
         if device == "cuda" and not torch.cuda.is_available():
             raise SystemStateError("torch finds no CUDA device.", hint="See: deploy-prune doctor")
-        model, names = load_variant(bundle, variant).to(device), bundle.manifest.model["inputs"]
-        return TorchRunner(model, head_of(bundle), names, threads, compiled=compiled, cuda_graphs=cuda_graphs)
+        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        model, inputs = load_variant(bundle, variant).to(device, dtype), Signature.of_manifest(bundle.manifest.model)
+        return TorchRunner(model, head_of(bundle), inputs, threads, compiled=compiled, cuda_graphs=cuda_graphs)
 
     return open_torch
 
