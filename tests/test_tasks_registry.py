@@ -22,6 +22,7 @@ from deploy_prune.tasks import registry
         (tiny_config(labels=1), "regression"),
         (tiny_config(labels=1, problem_type="regression"), "regression"),
         (tiny_config(""), "embedding"),
+        (tiny_config("ImageClassification"), "image-classification"),
     ],
 )
 def test_infer_task_from_the_head(config, expected):
@@ -56,6 +57,10 @@ def test_an_ambiguous_task_names_the_choices():
         (tiny_config("MultipleChoice"), "head"),
         (tiny_config("MaskedLM"), "embedding"),
         (tiny_config(architectures=None), "architecture"),
+        (tiny_config("ImageClassification", problem_type="multi_label_classification"), "each image"),
+        (tiny_config("ImageClassification", labels=1), "only classification"),
+        (tiny_config("", num_channels=3), "reads images"),
+        (tiny_config("MaskedImageModeling", num_channels=3), "ForImageClassification"),
     ],
 )
 def test_infer_task_refuses(config, word):
@@ -76,6 +81,10 @@ def test_infer_task_refuses(config, word):
         ("embedding", tiny_config(), ("bare encoder",)),
         ("conll2003", tiny_config("TokenClassification", 5), ("num_labels 5", "token-classification")),
         ("sst3", tiny_config(), ("no task 'sst3'", "sst2")),
+        ("sst2", tiny_config("ImageClassification"), ("about texts", "reads images", "cifar10")),
+        ("embedding", tiny_config("ImageClassification"), ("about texts", "reads images")),
+        ("cifar10", tiny_config(), ("about images", "BertForSequenceClassification", "reads texts", "sst2")),
+        ("cifar100", tiny_config("ImageClassification", 10), ("100 labels (apple", "...)", "image-classification")),
     ],
 )
 def test_check_task_says_what_is_wrong_and_how_to_mend_it(task, config, words):
@@ -89,10 +98,13 @@ def test_every_task_has_a_head_and_fits_some_model():
     heads = {"classification": "SequenceClassification", "token": "TokenClassification", "qa": "QuestionAnswering"}
     for name in tasks.task_names():
         head = tasks.task_head(name)
+        if registry.find_spec(name).modality == "image":
+            tasks.check_task(name, tiny_config("ImageClassification", len(registry.find_spec(name).labels) or 2))
+            continue
         count = 1 if head == "regression" else len(registry.find_spec(name).labels) or 2
         kind = "" if head == "embedding" else heads.get(head, "SequenceClassification")
         tasks.check_task(name, tiny_config(kind, count))
-    assert len(tasks.task_names()) == 17
+    assert len(tasks.task_names()) == 24
 
 
 class FakeEntry:

@@ -24,6 +24,8 @@ class EncodedSplit(Split):
     """Tokenise examples that give exactly one row each, in chunks; the whole split is tokenised once."""
 
     def __init__(self, request: LoadRequest) -> None:
+        if request.tokenizer is None:
+            raise InputError(f"The task '{request.task}' needs the model's tokenizer.", hint="Give it as tokenizer=.")
         self._tokenizer = request.tokenizer
         self._config = request.config
         self._max_length = resolve_length(request.tokenizer, request.config, request.max_length)

@@ -27,10 +27,10 @@ def canonical_order(names: Sequence[str], canonical: Sequence[str]) -> list[int]
     """Return the model's class for each canonical name; None where the model uses other names."""
     if is_generic(names):
         return list(range(len(canonical)))
-    own = {_fold(name): i for i, name in enumerate(names)}
-    if sorted(own) != sorted(_fold(name) for name in canonical):
+    own = {fold(name): i for i, name in enumerate(names)}
+    if sorted(own) != sorted(fold(name) for name in canonical):
         return None
-    return [own[_fold(name)] for name in canonical]
+    return [own[fold(name)] for name in canonical]
 
 
 def class_ids(
@@ -46,19 +46,19 @@ def class_ids(
     `where(i)` says where value i stands. Raises DataError naming the labels the model does not have.
     """
     exact = {name: i for i, name in enumerate(names)}
-    loose = {_fold(name): i for i, name in enumerate(names)}
+    loose = {fold(name): i for i, name in enumerate(names)}
     order = canonical_order(names, canonical) if canonical else None
-    task = {_fold(name): i for i, name in enumerate(canonical)}
+    task = {fold(name): i for i, name in enumerate(canonical)}
 
     def lookup(value: Any) -> int | None:
         number = _integer(value)
         if number is not None and order is not None:
             return order[number] if 0 <= number < len(order) else None
         text = str(value)
-        if text in exact or _fold(text) in loose:
-            return exact.get(text, loose.get(_fold(text)))
-        if order is not None and _fold(text) in task:
-            return order[task[_fold(text)]]
+        if text in exact or fold(text) in loose:
+            return exact.get(text, loose.get(fold(text)))
+        if order is not None and fold(text) in task:
+            return order[task[fold(text)]]
         return number if number is not None and 0 <= number < len(names) else None
 
     known: dict[str, int | None] = {}  # by repr: a value need not be hashable
@@ -104,7 +104,7 @@ def _mismatch(unknown: dict[str, int], where: Callable[[int], str], names: Seque
     )
 
 
-def _fold(name: str) -> str:
+def fold(name: str) -> str:
     return re.sub(r"[\s_-]+", "_", name.strip().lower())
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .base import HeadKind, TaskData
+from .base import HeadKind, Modality, TaskData
 from .labels import is_generic, model_labels
 from .spec import LoadRequest, TaskSpec
 
@@ -19,14 +19,15 @@ _HEAD_NAMES: dict[HeadKind, str] = {
     "qa": "a ForQuestionAnswering head",
     "embedding": "a bare encoder without a head",
 }
+_THINGS: dict[Modality, str] = {"text": "texts", "image": "images"}
 
 
 @cache
 def specs() -> dict[str, TaskSpec]:
     """Return all tasks by name: ours, then those of installed packages. Raises InputError for a clash."""
-    from . import generic, glue, qa, tagging
+    from . import generic, glue, qa, tagging, vision
 
-    table = {s.name: s for s in (*glue.SPECS, *qa.SPECS, *tagging.SPECS, *generic.SPECS)}
+    table = {s.name: s for s in (*glue.SPECS, *qa.SPECS, *tagging.SPECS, *generic.SPECS, *vision.SPECS)}
     for entry in entry_points(group="deploy_prune.tasks"):
         try:
             spec = entry.load()
@@ -61,6 +62,13 @@ def task_head(task: str) -> HeadKind:
     return find_spec(task).head
 
 
+def model_modality(config: Any, architecture: str | None = None) -> Modality:
+    """Return what a model reads, from its class name, or its channels where it has no words."""
+    name = architecture or next(iter(getattr(config, "architectures", None) or []), "")
+    pixels = getattr(config, "num_channels", None) is not None and getattr(config, "vocab_size", None) is None
+    return "image" if "ForImageClassification" in name or pixels else "text"
+
+
 def model_head(config: Any, architecture: str | None = None) -> HeadKind:
     """Return the head of a model from its class name, `architecture` or config.architectures[0].
 
@@ -72,26 +80,37 @@ def model_head(config: Any, architecture: str | None = None) -> HeadKind:
             "The model's config.json names no architecture, so its head is not known.",
             hint='Add "architectures": ["BertForSequenceClassification"] or the like to config.json.',
         )
+    image = model_modality(config, architecture) == "image"
+    if image and not name.endswith("ForImageClassification"):
+        raise InputError(
+            f"{name} reads images, but its head is none that a task here can use.",
+            hint="Known heads for images: ForImageClassification.",
+        )
     if name.endswith("ForQuestionAnswering"):
         return "qa"
     if name.endswith("ForTokenClassification"):
         return "token"
     if name.endswith(("Model", "ForMaskedLM", "ForPreTraining")):
         return "embedding"
-    if not name.endswith("ForSequenceClassification"):
+    if not name.endswith(("ForSequenceClassification", "ForImageClassification")):
         raise InputError(
             f"{name} has a head that no task here can use.",
             hint="Known heads: ForSequenceClassification, ForQuestionAnswering, ForTokenClassification, "
-            "or a bare encoder.",
+            "ForImageClassification, or a bare encoder.",
         )
     problem = getattr(config, "problem_type", None)
     if problem == "multi_label_classification":
         raise InputError(
-            f"{name} classifies with several labels per text (problem_type multi_label_classification), "
-            "which is not supported.",
-            hint="Use a model with one label per text.",
+            f"{name} gives several labels to each {'image' if image else 'text'} (problem_type "
+            "multi_label_classification), which is not supported.",
+            hint="Use a model that gives one.",
         )
     count = int(config.num_labels)
+    if image and (problem == "regression" or count == 1):
+        raise InputError(
+            f"{name} predicts a number of each image (num_labels {count}); only classification is supported.",
+            hint="Use a model with two or more classes.",
+        )
     if problem == "regression" and count > 1:
         raise InputError(
             f"{name} predicts {count} numbers per text; only regression of one number is supported.",
@@ -104,8 +123,13 @@ def check_task(task: str, config: Any, architecture: str | None = None) -> None:
     """Raise InputError when the model cannot do the task, saying what is wrong and how to mend it."""
     spec = find_spec(task)
     name = architecture or next(iter(getattr(config, "architectures", None) or []), "?")
-    head = model_head(config, architecture)
-    fitting = [s.name for s in specs().values() if s.head == head]
+    head, modality = model_head(config, architecture), model_modality(config, architecture)
+    fitting = [s.name for s in specs().values() if (s.head, s.modality) == (head, modality)]
+    if spec.modality != modality:
+        raise InputError(
+            f"The task '{task}' is about {_THINGS[spec.modality]}, but this model, {name}, reads {_THINGS[modality]}.",
+            hint=f"Tasks that fit this model: {', '.join(fitting)}.",
+        )
     if spec.head != head:
         count = f" with num_labels {config.num_labels}" if head in ("classification", "regression") else ""
         raise InputError(
@@ -115,8 +139,9 @@ def check_task(task: str, config: Any, architecture: str | None = None) -> None:
     if spec.labels and int(config.num_labels) != len(spec.labels):
         names = model_labels(config)
         own = "" if is_generic(names) else f" ({', '.join(names[:8])})"
+        shown = ", ".join(spec.labels[:12]) + (", ..." if len(spec.labels) > 12 else "")
         raise InputError(
-            f"The task '{task}' has {len(spec.labels)} labels ({', '.join(spec.labels)}), but this model has "
+            f"The task '{task}' has {len(spec.labels)} labels ({shown}), but this model has "
             f"num_labels {config.num_labels}{own}.",
             hint=f"Give a model fine-tuned on '{task}', or use your own data with a generic task: "
             f"{', '.join(n for n in fitting if not specs()[n].labels)}.",
@@ -131,6 +156,8 @@ def infer_task(config: Any, *, has_text_pair: bool | None = None, architecture: 
     """
     head = model_head(config, architecture)
     name = architecture or config.architectures[0]
+    if model_modality(config, architecture) == "image":
+        return "image-classification"
     if head == "embedding" and not name.endswith("Model"):
         raise InputError(
             f"{name} has no task of its own; its encoder alone can be pruned.",
@@ -140,7 +167,7 @@ def infer_task(config: Any, *, has_text_pair: bool | None = None, architecture: 
         by_head = {"qa": "question-answering", "token": "token-classification"}
         return by_head.get(head, head)
     if has_text_pair is None:
-        fitting = [s.name for s in specs().values() if s.head == head]
+        fitting = [s.name for s in specs().values() if (s.head, s.modality) == (head, "text")]
         choices = [n for n in fitting if len(specs()[n].labels) in (0, int(config.num_labels))]
         raise InputError(
             "The task is ambiguous: this model classifies one text or a pair of texts, and nothing says which.",
@@ -152,8 +179,9 @@ def infer_task(config: Any, *, has_text_pair: bool | None = None, architecture: 
 def load_task(
     task: str,
     *,
-    tokenizer: Any,
     config: Any,
+    tokenizer: Any = None,
+    processor: Any = None,
     data: str | Path | None = None,
     max_length: int | None = None,
     text_column: str | None = None,
@@ -162,7 +190,8 @@ def load_task(
 ) -> TaskData:
     """Load the data of a task, from `data` (a file or folder) or, for the known data sets, the hub.
 
-    `architecture` is the model's class name, where config.architectures does not give it.
+    Text tasks need the model's `tokenizer`, image tasks its `processor`, an images.ImageProcessor. `architecture` is
+    the model's class name, where config.architectures does not give it.
     Raises InputError for a model that does not fit the task, DataError for missing or wrong data, and
     SystemStateError when the hub cannot be reached.
     """
@@ -170,6 +199,7 @@ def load_task(
     request = LoadRequest(
         task=task,
         tokenizer=tokenizer,
+        processor=processor,
         config=config,
         data=Path(data) if data is not None else None,
         max_length=max_length,

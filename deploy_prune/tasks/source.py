@@ -47,6 +47,12 @@ def split_files(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> tuple[Path,
     return train, evaluation
 
 
+def role_of(name: str) -> str:
+    """Return the last word of a name that names a split ("train", "dev", ...), or ""."""
+    words = reversed(re.split(r"[^a-z]+", name.lower()))
+    return next((w for w in words if w in (*TRAIN_NAMES, *EVALUATION_NAMES)), "")
+
+
 def require_path(data: Path | None, task: str) -> Path:
     """Return an existing file or folder. Raises DataError otherwise."""
     if data is None:
@@ -77,10 +83,8 @@ def fetch(path: str, name: str | None = None, revision: str | None = None) -> An
 
 def _one_named(files: Sequence[Path], names: Sequence[str]) -> Path | None:
     """Return the file with the first of these roles that any has; an exact name such as train.csv wins."""
-    roles = (*TRAIN_NAMES, *EVALUATION_NAMES)
-    role = {p: next((w for w in reversed(re.split(r"[^a-z]+", p.name.lower())) if w in roles), "") for p in files}
     for name in names:
-        found = [p for p in files if role[p] == name]
+        found = [p for p in files if role_of(p.name) == name]
         found = [p for p in found if p.stem.lower() == name] or found
         if len(found) > 1:
             raise DataError(

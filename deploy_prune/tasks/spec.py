@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .base import HeadKind, TaskData
+from .base import HeadKind, Modality, TaskData
 
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """Hold what the user gave: `tokenizer` and `config` are transformers objects."""
+    """Hold what the user gave: `tokenizer` and `config` are transformers objects, `processor` an images.ImageProcessor.
+
+    Text tasks need the tokenizer, image tasks the processor.
+    """
 
     task: str
     tokenizer: Any
@@ -21,6 +24,7 @@ class LoadRequest:
     max_length: int | None = None
     text_column: str | None = None
     label_column: str | None = None
+    processor: Any = None
 
 
 @dataclass(frozen=True)
@@ -34,3 +38,4 @@ class TaskSpec:
     head: HeadKind
     load: Callable[[LoadRequest], TaskData]
     labels: tuple[str, ...] = ()
+    modality: Modality = "text"
