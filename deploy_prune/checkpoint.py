@@ -49,6 +49,11 @@ class Dense:
         return int(getattr(self.processor, "pad_token_id", None) or 0)
 
     @property
+    def preparing(self) -> dict[str, Any]:
+        """Return what `load_task` is given to prepare inputs by: the tokenizer, or the image processor."""
+        return preparing(self.processor)
+
+    @property
     def signature(self) -> Signature:
         """Return what the model takes, as its tokenizer or image processor makes it."""
         return input_signature(self.model, self.processor)
@@ -102,6 +107,11 @@ def check_weights(model: nn.Module, source: str) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{source}: the weights of {name} hold NaN or Inf.", hint="Use an intact checkpoint.")
+
+
+def preparing(processor: Any) -> dict[str, Any]:
+    """Return a tokenizer or an image processor under the name that `load_task` knows it by."""
+    return {"processor" if isinstance(processor, ImageProcessor) else "tokenizer": processor}
 
 
 def input_signature(model: nn.Module, processor: Any) -> Signature:

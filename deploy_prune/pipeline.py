@@ -59,7 +59,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
         dense = load_dense(source, head_kind)
         data = load_task(
             task_name,
-            processor=dense.processor,
+            **dense.preparing,
             config=dense.model.config,
             data=data_path,
             max_length=recipe.max_length,
@@ -150,7 +150,7 @@ def slice_given(
         task_data = None
         if data is not None:
             task = task or infer_task(config, has_text_pair=data_has_pair(Path(data)))
-            task_data = load_task(task, processor=dense.processor, config=dense.model.config, data=data)
+            task_data = load_task(task, **dense.preparing, config=dense.model.config, data=data)
         seq_len = seq_len or dense.signature.tokens or min(128, max_positions(dense.model))
         _check_length(seq_len, dense)
         recorder = Recorder(torch.device("cpu"))

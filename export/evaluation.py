@@ -74,7 +74,7 @@ def evaluation_of(bundle: Bundle) -> Evaluation | None:
     from transformers import AutoConfig
 
     from ..calibration import sample_indices
-    from ..checkpoint import head_of, load_processor, quiet_transformers
+    from ..checkpoint import head_of, load_processor, preparing, quiet_transformers
     from ..tasks import load_task
 
     recipe, task = bundle.manifest.recipe, bundle.manifest.task
@@ -87,7 +87,7 @@ def evaluation_of(bundle: Bundle) -> Evaluation | None:
     try:
         data = load_task(
             task["name"],
-            processor=processor,
+            **preparing(processor),
             config=config,
             data=recipe["data"],
             max_length=recipe.get("max_length"),

@@ -213,7 +213,7 @@ def test_python_api_on_a_loaded_module(tmp_path: Path) -> None:
 
     dense = load_dense(settings["model"], "classification")
     task = deploy_prune.load_task(
-        "text-classification", tokenizer=dense.tokenizer, config=dense.model.config, data=settings["data"]
+        "text-classification", tokenizer=dense.processor, config=dense.model.config, data=settings["data"]
     )
     plan = deploy_prune.prune(dense.model, task, 0.5)
     small = deploy_prune.slice_model(dense.model, plan)

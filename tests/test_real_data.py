@@ -83,7 +83,7 @@ def test_refit_is_five_times_closer_than_mask_tuning() -> None:
     dense = load_dense(str(ROOT / "checkpoints" / "minilm-sst2"), "classification")
     task = load_task(
         "sst2",
-        tokenizer=dense.tokenizer,
+        tokenizer=dense.processor,
         config=dense.model.config,
         data=ROOT / "data" / "glue" / "SST-2",
     )

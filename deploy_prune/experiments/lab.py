@@ -68,7 +68,7 @@ class Lab:
         self.pad_id = dense.pad_id
         self.data = load_task(
             setting.task,
-            processor=dense.processor,
+            **dense.preparing,
             config=self.model.config,
             data=setting.data,
             max_length=setting.max_length,
