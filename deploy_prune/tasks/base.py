@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 HeadKind = Literal["classification", "regression", "token", "qa", "embedding"]
+Modality = Literal["text", "image"]
 
 # One row's model outputs without padding: {"logits": (C,) or (T, C)}, {"start_logits": (T,),
 # "end_logits": (T,)} or {"embedding": (d,)}, float32.
@@ -18,15 +19,15 @@ RowOutput = dict[str, np.ndarray]
 
 @dataclass
 class Row:
-    """Hold one tokenised row without padding, or one image.
+    """Hold one row of a text, tokenised and without padding, or of an image.
 
-    `features` maps the model's input names to int64 arrays (T,), or "pixel_values" to float32 (C, H, W). `label`
-    is an int (classification), a float (regression), an int array (T,) with -100 for ignored tokens (token), a
-    (start, end) pair of token positions (qa), or None where there is no label. `tokens` is how many tokens the
-    model makes of an image.
+    `features` maps the model's input names to int64 arrays (T,), or "pixel_values" to float32 (C, H, W), which may
+    be decoded each time it is asked for. `label` is an int (classification), a float (regression), an int array
+    (T,) with -100 for ignored tokens (token), a (start, end) pair of token positions (qa), or None where there is
+    no label. `tokens` says how many tokens the model makes of an image; None for texts.
     """
 
-    features: dict[str, np.ndarray]
+    features: Mapping[str, np.ndarray]
     label: Any = None
     tokens: int | None = None
 
@@ -36,7 +37,7 @@ class Row:
 
 
 class Split(ABC):
-    """Hold the examples of one split; tokenising happens on demand."""
+    """Hold the examples of one split; tokenising, or decoding, happens on demand."""
 
     name: str  # "train", "validation", "validation_mismatched", ...
     labelled: bool
