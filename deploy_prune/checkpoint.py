@@ -20,7 +20,7 @@ from .errors import BundleError, InputError, SystemStateError, UnsupportedModelE
 from .heads import Head
 from .image_settings import SETTINGS
 from .images import ImageProcessor, check_fit
-from .masking import OutputWeights, mask_model
+from .masking import OutputWeights, mask_model, scatter
 from .signature import Signature, image_signature, takes_images
 from .tasks.base import HeadKind
 
@@ -206,15 +206,16 @@ def load_variant(bundle: Bundle, variant: Variant = "sliced") -> Any:
 
 
 def virtual_of(dense: nn.Module, sliced: nn.Module, bundle: Bundle) -> nn.Module:
-    """Rebuild the virtual model from the dense one, the plan, and the sliced model's output projections."""
+    """Rebuild the virtual model from the dense one, the plan, and those weights of the sliced one that differ."""
     groups, plan = arch_of(dense).groups(dense), bundle.plan()
+    if bundle.manifest.plan.get("recovered"):
+        return mask_model(scatter(dense, groups, plan, sliced.state_dict()), groups, plan)
     updates = {}
     for g in groups:
         if g.name in bundle.manifest.plan.get("refitted", []):
             state = sliced.state_dict()
-            inside = g.core and g.consumer.startswith(g.core + ".")
             empty = not plan[g.name].count
-            bias = state[f"{g.core if inside and empty else g.consumer}.bias"]
+            bias = state[f"{g.stand_in if empty else g.consumer}.bias"]
             weight = bias.new_zeros(g.hidden, 0) if empty else state[f"{g.consumer}.weight"]
             updates[g.name] = OutputWeights(weight, bias)
     return mask_model(dense, groups, plan, updates)

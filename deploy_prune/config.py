@@ -173,6 +173,20 @@ class Recipe(ExportSettings):
         "auto", "By the Fisher of samples, of mini-batches (the paper's code), or not; auto: not before the refit."
     )
     compensate: str = _field("refit", "refit, refit-parallel, mask-tuning, mask-tuning-exact or none.")
+    recover_epochs: float | None = _field(
+        None, "Distil the pruned model from the dense one, so many times over the rows.", gt=0
+    )
+    recover_minutes: float | None = _field(
+        None, "Distil for so many minutes; with --recover-epochs what ends first counts.", gt=0
+    )
+    recover_lr: float = _field(1e-4, "Largest learning rate of the distillation.", gt=0)
+    recover_samples: int | None = _field(
+        None, "Training rows to distil on, a tenth of which judges (default: all, at most 16384).", ge=MIN_SAMPLES
+    )
+    recover_batch: int = _field(32, "Rows of one step of the distillation.", ge=1)
+    recover_label_share: float = _field(
+        0.0, "Share of the true labels in the distillation's loss; 0 needs no labels.", ge=0, le=1
+    )
     min_agreement: float | None = Field(
         default=None, ge=0, le=1, description="Fail below this agreement with dense, 0..1."
     )
@@ -201,6 +215,18 @@ class Recipe(ExportSettings):
         if self.keep_flops is self.keep_params is self.max_bytes is self.keep_latency is None:
             object.__setattr__(self, "keep_flops", DEFAULT_KEEP)
         return self
+
+    @model_validator(mode="after")
+    def _recovery_has_a_length(self) -> Recipe:
+        given = sorted(name for name in self.model_fields_set if name.startswith("recover_"))
+        if given and not self.recovers and any(getattr(self, n) != Recipe.model_fields[n].default for n in given):
+            raise ValueError(f"{given[0]} is given, but neither recover_epochs nor recover_minutes switches it on")
+        return self
+
+    @property
+    def recovers(self) -> bool:
+        """Say whether the pruned model is distilled from the dense one."""
+        return self.recover_epochs is not None or self.recover_minutes is not None
 
     def destination(self, task: str) -> Path:
         """Return the bundle's folder: `out`, or bundles/<model>-<task>-<keep>."""

@@ -32,7 +32,10 @@ class Head:
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the model on inputs (B, T) and return its named outputs."""
-        out = model(**batch)
+        return self.read(model(**batch), batch)
+
+    def read(self, out: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the named outputs of what a model gave for inputs (B, T)."""
         if self.kind == "qa":
             return {"start_logits": out.start_logits, "end_logits": out.end_logits}
         if self.kind == "embedding":
@@ -63,6 +66,31 @@ class Head:
             end_loss = F.cross_entropy(end, labels[:, 1], reduction="none")
             return 0.5 * (start_loss + end_loss)
         return 0.5 * ((outputs["embedding"] - labels) ** 2).sum(-1)
+
+    def distance(
+        self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], mask: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """Return how far each sample's outputs are from another model's (B,), in fp32.
+
+        KL(targets || outputs) in nats, both softened by the temperature, times its square, so that the gradients'
+        scale does not depend on it (QA: start plus end; tagging: mean over a row's tokens); half the squared error
+        for regression and embeddings. `mask` (B, T) is the attention mask.
+
+        Source: Hinton et al. 2015, Distilling the Knowledge in a Neural Network, section 2.
+        """
+        if self.kind in ("regression", "embedding"):
+            name = self.output_names[0]
+            return 0.5 * (outputs[name].float() - targets[name].float()).square().sum(-1)
+
+        def kl(found: Tensor, wanted: Tensor) -> Tensor:
+            log_q, log_p = (F.log_softmax(x.float() / temperature, dim=-1) for x in (found, wanted))
+            return temperature**2 * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+        if self.kind == "qa":
+            ends = zip(self._spans(outputs, mask), self._spans(targets, mask), strict=True)
+            return torch.stack([kl(found, wanted) for found, wanted in ends]).sum(0)
+        found = kl(outputs["logits"], targets["logits"])  # (B,) or (B, T)
+        return (found * mask).sum(1) / mask.sum(1).clamp(min=1) if self.kind == "token" else found
 
     def _spans(self, outputs: Mapping[str, Tensor], mask: Tensor) -> list[Tensor]:
         low = torch.finfo(torch.float32).min

@@ -9,6 +9,8 @@ from rich.table import Table
 from .bundle import Bundle
 from .screen import out
 
+NOTED = ("samples", "method", "criterion", "skipped", "epochs", "loss_before", "loss_after", "kept")
+
 
 def describe(bundle: Bundle) -> dict[str, Any]:
     """Return the manifest as plain values, with the bundle's folder."""
@@ -62,7 +64,7 @@ def print_bundle(bundle: Bundle) -> None:
     for stage in manifest.stages:
         values = stage.model_dump()
         declined = values.get("declined") or []
-        notes = [f"{k} {v}" for k, v in values.items() if k in ("samples", "method", "criterion", "skipped")]
+        notes = [f"{k} {v}" for k, v in values.items() if k in NOTED]
         notes += [f"declined {d['group']}: {d['reason']}" for d in declined]
         stages.add_row(stage.name, f"{stage.seconds:.1f}", ", ".join(notes))
     out.print(stages)

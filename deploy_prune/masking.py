@@ -51,5 +51,28 @@ def mask_model(
     return virtual
 
 
+def scatter(model: nn.Module, groups: Sequence[UnitGroup], plan: SlicePlan, state: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of the dense model that holds a sliced model's tensors, each where it was cut from.
+
+    Producers' rows and consumers' columns go to the kept units, all other tensors are copied; cut units keep the
+    dense weights. Masked by a plan whose scales are 1 (`SlicePlan.folded`), it is the sliced model's function.
+    """
+    whole = copy.deepcopy(model)
+    dense, rest = whole.state_dict(), dict(state)
+    for g in groups:
+        kept = torch.tensor(g.columns(plan[g.name].kept), dtype=torch.long)
+        if not len(kept):
+            rest[f"{g.consumer}.bias"] = rest.pop(f"{g.stand_in}.bias")
+            continue
+        for axis, paths in ((0, g.producers), (1, (g.consumer,))):
+            for name in (f"{path}.{part}" for path in paths for part in ("weight", "bias")):
+                if name in rest and rest[name].shape != dense[name].shape:
+                    cut, target = rest.pop(name), dense[name]
+                    target.index_copy_(axis, kept.to(target.device), cut.to(target))
+    for name, tensor in rest.items():
+        dense[name].copy_(tensor)
+    return whole
+
+
 def _multiply(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (args[0] * module.unit_mask, *args[1:])

@@ -6,6 +6,7 @@ import copy
 import importlib.metadata
 import json
 import platform
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from .latency_table import read_latency_table
 from .progress import Reporter, Silent
 from .pruner import prune_rows
 from .signature import Signature
+from .slicing import slice_model
 from .stages import Options, PrunedPlan, Recorder, resolve_device
 from .tasks import check_task, data_has_pair, infer_task, load_task, task_head
 from .tasks.base import Row, TaskData
@@ -69,6 +71,8 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
         head = Head(head_kind, pooling=recipe.pooling)
         label_free = _label_free(recipe, data)
         rows = _calibration_rows(recipe, data, reporter)
+        if recipe.recover_label_share and not data.train.labelled:
+            raise InputError("Recovery was to use labels, but the training rows have none.", hint="Leave them out.")
         _check_length(recipe.seq_len, dense)
 
         dense.model.to(device)
@@ -97,8 +101,10 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
         )
         recorder = Recorder(device)
         recorder.records = pruned.stages
+        scratch = destination.parent / f".{destination.name}.recovery"
+        recovered = _recover(recipe, dense, pruned, head, data, scratch, recorder, reporter)
         with recorder.stage("slice"):
-            variants = make_variants(dense.model, pruned.groups, pruned.plan, pruned.updates)
+            variants = make_variants(dense.model, pruned.groups, pruned.plan, pruned.updates, recovered)
         bundle.manifest.budget = _budget_entry(pruned)
         bundle.manifest.recipe = recipe.model_dump(mode="json")
         bundle.manifest.task = _task_entry(task_name, head, data)
@@ -119,6 +125,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
             previous=_earlier(destination),
         )
         published = publish(bundle, destination)
+        shutil.rmtree(scratch, ignore_errors=True)
     made.check()
     return published
 
@@ -322,6 +329,46 @@ def _calibration_rows(recipe: Recipe, data: TaskData, reporter: Reporter) -> lis
     return rows
 
 
+def _recover(
+    recipe: Recipe,
+    dense: Dense,
+    pruned: PrunedPlan,
+    head: Head,
+    data: TaskData,
+    scratch: Path,
+    recorder: Recorder,
+    reporter: Reporter,
+) -> nn.Module | None:
+    """Distil the pruned model from the dense one if that is asked for; None where its weights stay as they are.
+
+    What a killed run left in `scratch` is taken up again.
+    """
+    if not recipe.recovers:
+        return None
+    from .recover import MOST_ROWS, Recovery, recover
+
+    total = len(data.train)
+    with recorder.stage("recover") as record, reporter.stage("recover") as progress:
+        student = pruned.sliced
+        if student is None:
+            student = slice_model(dense.model, pruned.groups, pruned.plan, pruned.updates)
+        record |= recover(
+            student,
+            dense.model,
+            head,
+            data.train.encode(sample_indices(total, recipe.recover_samples or MOST_ROWS, recipe.seed)),
+            Recovery.of(recipe),
+            pad_id=dense.pad_id,
+            folder=scratch,
+            progress=progress,
+        )
+    if not record["kept"]:
+        reporter.note("Recovery did not help on the held-out rows: the pruned weights stay.")
+        return None
+    reporter.note(f"Recovery: held-out loss {record['loss_before']:.4g} -> {record['loss_after']:.4g}")
+    return student
+
+
 def _task_entry(name: str | None, head: Head, data: TaskData | None) -> dict[str, Any]:
     return {
         "name": name,
@@ -353,6 +400,7 @@ def _fill(bundle: Bundle, variants: Variants, dense: Dense, head: Head, name: st
             variants.groups, {g.name: np.ones(g.size) for g in variants.groups}
         ).layer_counts(),
         "refitted": variants.refitted,
+        "recovered": variants.recovered,
     }
     manifest.counts = count_variants(variants, head, seq_len, dense.signature)
 

@@ -84,6 +84,5 @@ def sliced_state(
         if part.count:
             state[f"{g.consumer}.weight"], state[f"{g.consumer}.bias"] = new_weight, bias
         else:
-            inside = g.core and g.consumer.startswith(g.core + ".")
-            state[f"{g.core if inside else g.consumer}.bias"] = bias
+            state[f"{g.stand_in}.bias"] = bias
     return state

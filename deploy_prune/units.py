@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -41,6 +41,14 @@ class UnitGroup:
     residual: str
     core: str = ""
     gain: str = ""
+
+    @property
+    def stand_in(self) -> str:
+        """Return the path of the module that adds the sub-layer's constant when no unit stays.
+
+        It is the consumer, or the core where that holds the consumer.
+        """
+        return self.core if self.core and self.consumer.startswith(f"{self.core}.") else self.consumer
 
     def columns(self, kept: Iterable[int]) -> list[int]:
         """Return the consumer's input columns (= the producers' output rows) of the kept units."""
@@ -122,6 +130,10 @@ class SlicePlan:
             mask[list(g.kept)] = g.scales
             out[g.name] = mask
         return out
+
+    def folded(self) -> SlicePlan:
+        """Return the plan of a model whose weights hold the scales: the same units, every scale 1."""
+        return SlicePlan(tuple(replace(g, scales=(1.0,) * g.count) for g in self.groups))
 
     def __getitem__(self, name: str) -> GroupPlan:
         for g in self.groups:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .costs import encoder_flops, removed_params
 from .heads import Head
-from .masking import OutputWeights, mask_model
+from .masking import OutputWeights, mask_model, scatter
 from .signature import Signature
 from .slicing import slice_model
 from .units import SlicePlan, UnitGroup
@@ -26,6 +26,7 @@ class Variants:
     groups: tuple[UnitGroup, ...]
     plan: SlicePlan
     refitted: list[str]
+    recovered: bool = False
 
     def items(self) -> dict[str, nn.Module]:
         return {"dense": self.dense, "virtual": self.virtual, "sliced": self.sliced}
@@ -36,9 +37,17 @@ def make_variants(
     groups: tuple[UnitGroup, ...],
     plan: SlicePlan,
     updates: Mapping[str, OutputWeights],
+    recovered: nn.Module | None = None,
 ) -> Variants:
-    """Mask and slice a dense model by a plan; all three end up on the CPU."""
+    """Mask and slice a dense model by a plan; all three end up on the CPU.
+
+    `recovered` is a sliced model that was trained: its weights stand for all that the plan and `updates` say.
+    """
     model = model.cpu()
+    if recovered is not None:
+        plan, sliced = plan.folded(), recovered.cpu()
+        virtual = mask_model(scatter(model, groups, plan, sliced.state_dict()), groups, plan)
+        return Variants(model, virtual, sliced, groups, plan, sorted(updates), recovered=True)
     on_cpu = {name: OutputWeights(u.weight.cpu(), u.bias.cpu()) for name, u in updates.items()}
     virtual = mask_model(model, groups, plan, on_cpu)
     sliced = slice_model(model, groups, plan, on_cpu)

@@ -28,7 +28,7 @@ LAYERS = [
     "criteria",
     "search rearrange compensate",
     "slicing checkpoint",
-    "stages runtimes finetune recover",
+    "stages runtimes finetune distil recover",
     "pruner",
     "export runtime_bench demo",
     "variants golden evaluate",

@@ -1,0 +1,223 @@
+"""Train one model to follow another, by its outputs and its hidden states, with the Trainer of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from .batches import Batch, Batches
+from .heads import Head
+from .progress import Progress
+from .tasks.base import Row
+
+EVALUATIONS = 10  # of the held-out rows in a run; each is a checkpoint
+PATIENCE = 3  # evaluations without a new best after which the run ends
+POOL_BATCHES = 50  # batches that are made of like lengths together
+WORKERS = 4  # processes that prepare batches for a GPU
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weigh the parts of the loss: softened outputs, hidden states, true labels."""
+
+    temperature: float = 2.0
+    hidden: float = 1.0
+    labels: float = 0.0  # share of the labels' loss in that of the outputs
+
+
+class Distillation(nn.Module):
+    """Hold the student with its loss towards a frozen teacher. Dropout stays off: it would blur what is followed."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, head: Head, weights: Weights) -> None:
+        super().__init__()
+        self.student, self.head, self.weights = student, head, weights
+        self._teacher = [teacher]  # in a list it is no submodule: never trained, moved or saved
+        self.device = next(student.parameters()).device
+        bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+
+    def train(self, mode: bool = True) -> Distillation:
+        return super().train(False)
+
+    def forward(self, inputs: dict[str, Tensor], mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the mean loss of a batch, on whose inputs (B, T) both models run."""
+        with self.autocast():
+            with torch.no_grad():
+                wanted = self._teacher[0](**inputs, output_hidden_states=True)
+            found = self.student(**inputs, output_hidden_states=True)
+        targets = self.head.read(wanted, inputs)
+        loss = self.outputs_loss(self.head.read(found, inputs), targets, mask, labels).mean()
+        if self.weights.hidden:
+            pairs = zip(found.hidden_states, wanted.hidden_states, strict=True)
+            loss = loss + self.weights.hidden * torch.stack([unexplained(h, y, mask) for h, y in pairs]).mean()
+        return {"loss": loss}
+
+    def outputs_loss(
+        self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], mask: Tensor, labels: Tensor | None
+    ) -> Tensor:
+        """Return each sample's loss (B,) without that of the hidden states: what the held-out rows are judged by."""
+        loss = self.head.distance(outputs, targets, mask, self.weights.temperature)
+        if self.weights.labels and labels is not None:
+            true = self.head.loss({k: v.float() for k, v in outputs.items()}, labels, mask)
+            loss = (1 - self.weights.labels) * loss + self.weights.labels * true
+        return loss
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the teacher's outputs."""
+        with self.autocast():
+            return self.head.outputs(self._teacher[0], batch.inputs)
+
+    @torch.no_grad()
+    def judge(self, batches: Sequence[Batch], targets: Sequence[Mapping[str, Tensor]]) -> float:
+        """Return the mean loss of the outputs over batches that lie on the device."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch, wanted in zip(batches, targets, strict=True):
+            with self.autocast():
+                found = self.head.outputs(self.student, batch.inputs)
+            total += self.outputs_loss(found, wanted, mask_of(batch), batch.labels).double().sum()
+        return float(total) / sum(len(b.index) for b in batches)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+def unexplained(found: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
+    """Return the share of the wanted hidden states' variance (B, T, d) over tokens that the found ones miss, ().
+
+    Padding, by the mask (B, T), does not count; states of another layout (B, ...) count whole.
+    """
+    found, wanted = found.float(), wanted.float()
+    if wanted.ndim == 3 and wanted.shape[:2] == mask.shape:
+        weight = mask.unsqueeze(-1).to(wanted.dtype)
+    else:
+        found, wanted = found.flatten(1).unsqueeze(-1), wanted.flatten(1).unsqueeze(-1)
+        weight = torch.ones_like(wanted)
+    count = weight.sum((0, 1), keepdim=True)
+    spread = (wanted - (wanted * weight).sum((0, 1), keepdim=True) / count).square() * weight
+    return ((found - wanted).square() * weight).sum() / spread.sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def mask_of(batch: Batch) -> Tensor:
+    """Return which tokens (B, T) of a batch count."""
+    return batch.inputs["attention_mask"]
+
+
+class Feed:
+    """Deal rows out into the batches of a whole run: like lengths together, in an order that the seed fixes."""
+
+    def __init__(self, rows: Sequence[Row], head: Head, pad_id: int, batch_rows: int, seed: int) -> None:
+        self.rows, self.batch_rows, self.seed = rows, batch_rows, seed
+        self.batches = Batches(rows, head, pad_id, batch_rows)
+        self.per_epoch = len(self.batches)
+
+    def steps(self, count: int) -> list[list[int]]:
+        """Return the row indices of each of the first `count` steps."""
+        steps: list[list[int]] = []
+        for epoch in range(-(-count // self.per_epoch)):
+            rng = np.random.default_rng([self.seed, epoch])
+            order, pool = rng.permutation(len(self.rows)), POOL_BATCHES * self.batch_rows
+            dealt: list[list[int]] = []
+            for start in range(0, len(order), pool):
+                part = sorted(order[start : start + pool].tolist(), key=lambda i: -self.rows[i].length)
+                dealt += [part[i : i + self.batch_rows] for i in range(0, len(part), self.batch_rows)]
+            steps += [dealt[i] for i in rng.permutation(len(dealt))]
+        return steps[:count]
+
+    def collate(self, steps: list[list[int]]) -> dict[str, Any]:
+        """Return the only step's batch as the arguments of `Distillation`."""
+        batch = self.batches.collate(steps[0])
+        labels = {} if batch.labels is None else {"labels": batch.labels}
+        return {"inputs": batch.inputs, "mask": mask_of(batch), **labels}
+
+
+class DistilTrainer(Trainer):
+    """Train a Distillation on given steps, judge it on held-out batches, and end with its best weights.
+
+    The schedule is AdamW at `lr`, warmed up over a tenth of the steps, then falling by the cosine. Checkpoints lie in
+    `folder`.
+    """
+
+    def __init__(
+        self,
+        model: Distillation,
+        feed: Feed,
+        steps: int,
+        held: Sequence[Batch],
+        *,
+        lr: float,
+        seed: int,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        self.feed, self.held, self.plan = feed, held, feed.steps(steps)
+        self.targets = [model.targets(batch) for batch in held]
+        cuda, every = model.device.type == "cuda", max(1, steps // EVALUATIONS)
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            learning_rate=lr,
+            lr_scheduler_type="cosine",
+            warmup_steps=steps // 10,
+            weight_decay=0.0,
+            optim="adamw_torch_fused" if cuda else "adamw_torch",
+            seed=seed,
+            use_cpu=not cuda,
+            eval_strategy="steps",
+            eval_steps=every,
+            save_strategy="steps",
+            save_steps=every,
+            save_total_limit=2,  # the best and the last
+            load_best_model_at_end=True,
+            metric_for_best_model="loss",
+            greater_is_better=False,
+            restore_callback_states_from_checkpoint=True,
+            logging_strategy="no",
+            logging_nan_inf_filter=False,  # it would wait for the device at every step
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            report_to="none",
+        )
+        arguments._n_gpu = min(1, arguments.n_gpu)  # one device: DataParallel would copy the models at every step
+        callbacks = [EarlyStoppingCallback(PATIENCE), Report(progress)]
+        super().__init__(model, arguments, train_dataset=self.plan, eval_dataset=held, callbacks=callbacks)
+        self.pop_callback(transformers.PrinterCallback)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        workers = WORKERS if self.args.device.type == "cuda" else 0
+        return DataLoader(
+            self.plan,  # type: ignore[arg-type]
+            batch_size=1,
+            collate_fn=self.feed.collate,
+            num_workers=workers,
+            pin_memory=workers > 0,
+        )
+
+    def judge(self) -> float:
+        """Return the student's loss on the held-out rows."""
+        return self.model.judge(self.held, self.targets)  # type: ignore[union-attr,operator]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = {"eval_loss": self.judge()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class Report(TrainerCallback):
+    """Report the finished share of the trainer's steps."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress(state.global_step / state.max_steps)

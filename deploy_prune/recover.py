@@ -1,0 +1,267 @@
+"""Recovery: the pruned model is trained to follow the dense one, and kept where that helps on rows it never saw."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .batches import Batch, Batches
+from .bundle import disk_errors, write_atomically
+from .calibration import hash_rows
+from .checkpoint import quiet_transformers
+from .config import Recipe
+from .distil import EVALUATIONS, Distillation, DistilTrainer, Feed, Weights
+from .errors import InputError
+from .heads import Head
+from .progress import Progress
+from .tasks.base import Row
+
+MOST_ROWS = 16_384  # training rows that are used where no number is given
+LEAST_ROWS = 64
+HELD_OUT = 0.1  # share of the rows that judge, at most
+MOST_HELD_OUT = 1024
+TRIAL_STEPS = 5  # timed to see how many steps a number of minutes allows
+BUSY = 0.95  # share of the minutes that is planned: checkpoints take time too
+STATE, RESULT = "recovery.json", "recovered.safetensors"
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Say how long to distil and how; one of `epochs` and `minutes` is needed, and what ends first counts.
+
+    An epoch is one pass over the rows that are not held out. How many steps fit into `minutes` is measured once at
+    the start; the record says how many epochs that were, which gives the same weights again.
+    """
+
+    epochs: float | None = None
+    minutes: float | None = None
+    lr: float = 1e-4
+    batch_rows: int = 32
+    weights: Weights = field(default_factory=Weights)
+    seed: int = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Recovery:
+        """Return the settings of a recipe that switches recovery on."""
+        return cls(
+            epochs=recipe.recover_epochs,
+            minutes=recipe.recover_minutes,
+            lr=recipe.recover_lr,
+            batch_rows=recipe.recover_batch,
+            weights=Weights(labels=recipe.recover_label_share),
+            seed=recipe.seed,
+        )
+
+    def __post_init__(self) -> None:
+        given = {"epochs": self.epochs, "minutes": self.minutes, "lr": self.lr, "batch_rows": self.batch_rows}
+        for name, value in given.items():
+            if value is not None and not value > 0:
+                raise InputError(f"Recovery's {name} = {value!r} is not a positive number.")
+        if self.epochs is None and self.minutes is None:
+            raise InputError("Recovery needs a length.", hint="Give epochs or minutes.")
+        if not 0 <= self.weights.labels <= 1:
+            raise InputError(f"The labels' share {self.weights.labels!r} is not in [0, 1].")
+
+
+def recover(
+    student: nn.Module,
+    teacher: nn.Module,
+    head: Head,
+    rows: Sequence[Row],
+    settings: Recovery,
+    *,
+    pad_id: int = 0,
+    folder: Path | None = None,
+    progress: Progress = lambda share: None,
+) -> dict[str, Any]:
+    """Train a sliced student in place to follow the dense teacher on the same device; return the record.
+
+    A part of the rows is held out. The student ends with the weights that did best on it, or with its own where
+    none did better ("kept" is false then). Labels are not read unless `settings.weights.labels` is above 0. With
+    a `folder` a run that was killed goes on from its last checkpoint when it is called again with the same models,
+    rows and settings; the folder is the caller's to remove.
+
+    Raises InputError for too few rows, or missing labels.
+    Source: Hinton et al. 2015 (outputs); Romero et al. 2014, FitNets (hidden states).
+    """
+    if len(rows) < LEAST_ROWS:
+        raise InputError(f"{len(rows)} rows are too few to recover on.", hint=f"Give at least {LEAST_ROWS}.")
+    if settings.weights.labels and any(row.label is None for row in rows):
+        raise InputError("Labels have a share in recovery's loss, but some rows have none.", hint="Leave it out.")
+    train, held = hold_out(rows, settings.seed)
+    own = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
+    with ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deploy-prune-recover-")))
+        stack.enter_context(disk_errors(folder))
+        scratch = Scratch(folder, _key(own, teacher, rows, settings))
+        if scratch.known.get("record"):
+            student.load_state_dict(load_file(folder / RESULT), strict=True)
+            return {**scratch.known["record"], "reused": True}
+        stack.enter_context(quiet_transformers())
+        stack.enter_context(_trainable(student))
+        model = Distillation(student, teacher.eval(), head, settings.weights)
+        feed = Feed(train, head, pad_id, settings.batch_rows, settings.seed)
+        judges = [batch.to(model.device) for batch in Batches(held, head, pad_id)]
+        if "steps" not in scratch.known:
+            scratch.note(**_plan(model, feed, judges, settings))
+        trainer = DistilTrainer(
+            model,
+            feed,
+            scratch.known["steps"],
+            judges,
+            lr=settings.lr,
+            seed=settings.seed,
+            folder=folder,
+            progress=progress,
+        )
+        checkpoint = scratch.last_checkpoint()
+        before = trainer.judge()
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        after = trainer.judge()
+        kept = after < before
+        if not kept:
+            student.load_state_dict(own, strict=True)
+        done = trainer.state.global_step
+        record = {
+            "kept": kept,
+            "loss_before": before,
+            "loss_after": after if math.isfinite(after) else None,
+            "rows": len(train),
+            "held_out": len(held),
+            "epochs": done / feed.per_epoch,
+            "steps": done,
+            "planned_steps": scratch.known["steps"],
+            "best_step": trainer.state.best_global_step,
+            "resumed": checkpoint is not None,
+            "precision": {torch.float32: "fp32", torch.bfloat16: "bf16"}[model.dtype],
+            **{name: value for name, value in asdict(settings).items() if name not in ("epochs", "minutes")},
+        }
+        scratch.finish(student, record)
+    student.eval()
+    return record
+
+
+class Scratch:
+    """Keep a run's state in a folder, so that it can go on; what another run left there is removed."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.known: dict[str, Any] = json.loads((folder / STATE).read_text("utf-8"))
+        except (OSError, ValueError):
+            self.known = {}
+        if self.known.get("key") != key:
+            self._clear()
+            self.known = {}
+            self.note(key=key)
+
+    def note(self, **values: Any) -> None:
+        """Remember values."""
+        self.known |= values
+        write_atomically(self.folder / STATE, json.dumps(self.known) + "\n")
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the newest complete checkpoint; what was not written to its end is removed."""
+        found = []
+        for path in self.folder.glob("checkpoint-*"):
+            try:  # the trainer writes its state last
+                found.append((json.loads((path / "trainer_state.json").read_text("utf-8"))["global_step"], path))
+            except (OSError, ValueError, KeyError):
+                shutil.rmtree(path)
+        return max(found)[1] if found else None
+
+    def finish(self, student: nn.Module, record: Mapping[str, Any]) -> None:
+        """Keep the result in the checkpoints' place."""
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
+        save_file(state, self.folder / RESULT)
+        self.note(record=record)
+        self._clear(keep=(STATE, RESULT))
+
+    def _clear(self, keep: Sequence[str] = ()) -> None:
+        for path in self.folder.glob("checkpoint-*"):
+            shutil.rmtree(path)
+        for name in {STATE, RESULT} - set(keep):
+            (self.folder / name).unlink(missing_ok=True)
+
+
+def hold_out(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
+    """Return the rows to train on, and a tenth of them (at most 1,024), drawn by the seed, that judge."""
+    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    held = min(MOST_HELD_OUT, round(HELD_OUT * len(rows)))
+    return [rows[i] for i in order[held:]], [rows[i] for i in order[:held]]
+
+
+def _plan(model: Distillation, feed: Feed, judges: Sequence[Batch], settings: Recovery) -> dict[str, int]:
+    """Return how many steps the settings allow."""
+    allowed = []
+    if settings.epochs is not None:
+        allowed.append(round(settings.epochs * feed.per_epoch))
+    if settings.minutes is not None:
+        step = _seconds_per_step(model, feed)
+        judged = (EVALUATIONS + 3) * len(judges) / 3  # forward alone, of the student; in steps
+        allowed.append(int(60 * settings.minutes * BUSY / step - judged))
+    return {"steps": max(min(allowed), EVALUATIONS if settings.epochs is None else 1)}
+
+
+def _seconds_per_step(model: Distillation, feed: Feed) -> float:
+    """Time forward and backward passes, after two that warm up."""
+    started = 0.0
+    for number, step in enumerate(feed.steps(2 + TRIAL_STEPS)):
+        if number == 2:
+            _wait(model.device)
+            started = time.perf_counter()
+        model(**_to(feed.collate([step]), model.device))["loss"].backward()
+    _wait(model.device)
+    model.zero_grad(set_to_none=True)
+    return (time.perf_counter() - started) / TRIAL_STEPS
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return {k: _to(v, device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _trainable(model: nn.Module) -> Iterator[None]:
+    """Let every parameter learn, also those of stand-ins for empty sub-layers."""
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(True)
+    try:
+        yield
+    finally:
+        model.zero_grad(set_to_none=True)
+        for name, p in model.named_parameters():
+            p.requires_grad_(flags[name])
+
+
+def _key(own: Mapping[str, Tensor], teacher: nn.Module, rows: Sequence[Row], settings: Recovery) -> str:
+    """Return a hash of all that a run depends on."""
+    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
+    digest.update(hash_rows(rows).encode())
+    if settings.weights.labels:
+        digest.update(repr([np.asarray(row.label).tolist() for row in rows]).encode())
+    for state in (own, teacher.state_dict()):
+        for name, tensor in state.items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
