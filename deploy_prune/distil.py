@@ -84,7 +84,7 @@ class Distillation(nn.Module):
         for batch, wanted in zip(batches, targets, strict=True):
             with self.autocast():
                 found = self.head.outputs(self.student, batch.inputs)
-            total += self.outputs_loss(found, wanted, mask_of(batch), batch.labels).double().sum()
+            total += self.outputs_loss(found, wanted, batch.mask, batch.labels).double().sum()
         return float(total) / sum(len(b.index) for b in batches)
 
     def autocast(self) -> torch.autocast:
@@ -105,11 +105,6 @@ def unexplained(found: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
     count = weight.sum((0, 1), keepdim=True)
     spread = (wanted - (wanted * weight).sum((0, 1), keepdim=True) / count).square() * weight
     return ((found - wanted).square() * weight).sum() / spread.sum().clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def mask_of(batch: Batch) -> Tensor:
-    """Return which tokens (B, T) of a batch count."""
-    return batch.inputs["attention_mask"]
 
 
 class Feed:
@@ -137,7 +132,7 @@ class Feed:
         """Return the only step's batch as the arguments of `Distillation`."""
         batch = self.batches.collate(steps[0])
         labels = {} if batch.labels is None else {"labels": batch.labels}
-        return {"inputs": batch.inputs, "mask": mask_of(batch), **labels}
+        return {"inputs": batch.inputs, "mask": batch.mask, **labels}
 
 
 class DistilTrainer(Trainer):
