@@ -15,7 +15,7 @@ app = typer.Typer()
 
 EXPERIMENT_NAMES = (
     "ablation, tradeoff, latency, structure, criteria, successors, steps, samples, parity, flops, unstructured,"
-    " seconds, rival or prediction."
+    " seconds, rival, prediction, vit or recover."
 )
 
 
@@ -38,6 +38,10 @@ def experiment(
     threads: Annotated[int | None, typer.Option(min=1, help="Their threads (default: the physical cores).")] = None,
     lut: Annotated[str | None, typer.Option(help="Latency table of this model, for latency and prediction.")] = None,
     rival: Annotated[str | None, typer.Option(help="Another dense checkpoint of the task, for rival.")] = None,
+    recover_epochs: Annotated[float, typer.Option(help="Epochs of recover.")] = 3.0,
+    recover_lr: Annotated[float, typer.Option(help="Its peak learning rate.")] = 1e-4,
+    recover_samples: Annotated[int, typer.Option(min=64, help="Its training rows.")] = 16_384,
+    recover_batch: Annotated[int, typer.Option(min=1, help="Its batch size.")] = 32,
     as_json: Json = False,
 ) -> None:
     """Run an experiment over budgets and seeds; write JSON, CSV, a Markdown table and an SVG figure.
@@ -63,6 +67,10 @@ def experiment(
         threads=threads,
         lut=lut,
         rival=rival,
+        recover_epochs=recover_epochs,
+        recover_lr=recover_lr,
+        recover_samples=recover_samples,
+        recover_batch=recover_batch,
     )
     with screen.Bars() as bars:
         document, files = run_experiment(name, setting, out, bars, stem)

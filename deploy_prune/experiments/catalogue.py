@@ -86,5 +86,14 @@ EXPERIMENTS = {
     "successors": Experiment(
         "What came after the paper", quality.successors, ("keep", "method"), (*QUALITY, "seconds")
     ),
+    "vit": Experiment(
+        "A vision transformer: FLOPs, stages, samples",
+        quality.vision,
+        ("part", "keep", "samples", "method"),
+        (*QUALITY, "seconds"),
+    ),
+    "recover": Experiment(
+        "Recovery by distillation", quality.recovery, ("keep", "method"), (*QUALITY, "kept_flops", "kept_params")
+    ),
     "steps": Experiment("One shot and iterative", quality.steps, ("keep", "steps"), (*QUALITY, "seconds")),
 }

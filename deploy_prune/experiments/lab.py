@@ -22,6 +22,7 @@ from ..measuring import Candidate, time_models
 from ..predict import predict
 from ..progress import Reporter, Silent
 from ..pruner import Pruner
+from ..recover import Recovery, recover
 from ..runtime_bench.bench import Place
 from ..runtime_bench.machine import default_threads, describe_machine
 from ..runtime_bench.stats import Ratio
@@ -52,6 +53,10 @@ class Setting:
     threads: int | None = None
     lut: str | None = None  # a latency table of this model
     rival: str | None = None  # another dense checkpoint, fine-tuned on the same task
+    recover_epochs: float = 3.0
+    recover_lr: float = 1e-4
+    recover_samples: int = 16_384  # training rows, of which a part is held out
+    recover_batch: int = 32
 
 
 class Lab:
@@ -110,6 +115,23 @@ class Lab:
         found = self.pruner(seed, samples).prune(budget, options)
         sliced = found.sliced
         return found, slice_model(self.model, found.groups, found.plan) if sliced is None else sliced
+
+    def recover(self, student: nn.Module, seed: int) -> dict[str, Any]:
+        """Distil a sliced model in place on the training split; return the record."""
+        setting, train = self.setting, self.data.train
+        return recover(
+            student.to(self.device),
+            self.model,
+            self.head,
+            train.encode(sample_indices(len(train), setting.recover_samples, seed)),
+            Recovery(
+                epochs=setting.recover_epochs,
+                lr=setting.recover_lr,
+                batch_rows=setting.recover_batch,
+                seed=seed,
+            ),
+            pad_id=self.pad_id,
+        )
 
     def compare(self, model: nn.Module) -> dict[str, Any]:
         """Return a model's quality, and its distance from the dense one, on the whole split."""

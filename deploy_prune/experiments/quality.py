@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..costs import encoder_flops
+from ..costs import Budget, encoder_flops, removed_params
 from ..criteria import criteria
 from ..fidelity import fidelity
 from ..masking import mask_model
@@ -111,6 +111,38 @@ def samples(lab: Lab) -> Rows:
                 found, sliced = lab.prune(keep, seed, options, samples=count)
                 same = {"keep": keep, "seed": seed, "samples": count, "method": method}
                 yield same | lab.compare(sliced) | lab.describe(found)
+
+
+def vision(lab: Lab) -> Rows:
+    """What the report measured of image models: accuracy over FLOPs, each stage's worth, and the number of samples.
+
+    On a GPU mask tuning is solved exactly: LSMR's thousands of steps run on the CPU.
+    """
+    total, given = len(lab.data.train), lab.setting.samples
+    counts = [n for n in (512, 1024, 2048, 4096, 8192) if n <= total]
+    tuned = replace(PAPER, compensate="mask-tuning-exact") if lab.device.type == "cuda" else PAPER
+    both = {"paper": tuned, "default": DEFAULT}
+    stages = {name: tuned if options is PAPER else options for name, options in STAGES.items()}
+    for seed in lab.setting.seeds:
+        for keep, (method, options) in product(with_keeps(lab.setting.keeps, (0.9, 0.8, 0.7, 0.6, 0.5)), both.items()):
+            yield _pruned(lab, keep, seed, options, part="FLOPs", samples=given, method=method)
+        for method, options in stages.items():
+            yield _pruned(lab, 0.6, seed, options, part="stages", samples=given, method=method)
+        for count, (method, options) in product(counts, both.items()):
+            found, sliced = lab.prune(0.6, seed, options, samples=count)
+            same = {"part": "samples", "keep": 0.6, "seed": seed, "samples": count, "method": method}
+            yield same | lab.compare(sliced) | lab.describe(found)
+
+
+def recovery(lab: Lab) -> Rows:
+    """Quality at an equal share of FLOPs and parameters, before and after distillation from the dense model."""
+    for seed, keep in product(lab.setting.seeds, with_keeps(lab.setting.keeps, (0.7,))):
+        found, sliced = lab.prune(Budget(keep_flops=keep, keep_params=keep), seed, DEFAULT)
+        kept_params = 1 - removed_params(found.groups, found.plan) / sum(g.size * g.params for g in found.groups)
+        same = {"keep": keep, "seed": seed, "kept_params": kept_params, **lab.describe(found)}
+        yield {**same, "method": "pruned", **lab.compare(sliced)}
+        record = lab.recover(sliced, seed)
+        yield {**same, "method": "recovered", **lab.compare(sliced), "recovery": record}
 
 
 def successors(lab: Lab) -> Rows:

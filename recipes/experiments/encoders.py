@@ -8,9 +8,9 @@
     python recipes/experiments/encoders.py vit-base-random --out encoders/vit-base-random
 
 minilm (BERT, 6 x 384) is the demo's; mpnet (12 x 768) comes as a zip file in five parts; distilbert (6 x 768, cased)
-as a statically quantised ONNX tagger, whose int8 weights are scaled back to fp32; dinov2-small (12 x 384) out of the ONNX
-file of a saliency detector. The random ones have those shapes, random weights and MiniLM's tokenizer, or ViT's image
-processor: for latencies, never for quality.
+as a statically quantised ONNX tagger, whose int8 weights are scaled back to fp32; dinov2-small (12 x 384) out of the
+ONNX file of a saliency detector. The random ones have those shapes, random weights and MiniLM's tokenizer, or ViT's
+image processor: for latencies, never for quality.
 Archives are pinned by SHA-256.
 """
 
