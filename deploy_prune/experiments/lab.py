@@ -84,8 +84,8 @@ class Lab:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """Return the evaluation rows."""
-        return self.data.evaluation.rows()
+        """Return the evaluation rows, decoded once: every cell reads them again."""
+        return [Row(dict(row.features), row.label, row.tokens) for row in self.data.evaluation.rows()]
 
     @cached_property
     def dense(self) -> list[RowOutput]:
@@ -103,7 +103,8 @@ class Lab:
         key = (seed, samples or self.setting.samples)
         if self._pruner is None or self._pruner[0] != key:
             train = self.data.train
-            rows = train.encode(sample_indices(len(train), key[1], seed))
+            drawn = train.encode(sample_indices(len(train), key[1], seed))
+            rows = [Row(dict(row.features), row.label, row.tokens) for row in drawn]
             self._pruner = key, Pruner(self.model, self.head, rows, pad_id=self.pad_id, reporter=self.reporter)
         return self._pruner[1]
 

@@ -1,7 +1,9 @@
 """Measure the gate itself: calibrated slow-downs, live trials, and replays of recorded sessions.
 
 G=recipes/experiments/gate_trials.py
+python $G model MODEL.onnx                             # MiniLM's shape, half its neurons
 python $G make MODEL.onnx FOLDER                       # base.onnx and slower copies, calibrated (quiet machine)
+python $G copies MODEL.onnx FOLDER --inner 0,1500,6000 # or slower copies of given sizes, calibrated by their trials
 python $G trials FOLDER quiet.jsonl --count 40         # live trials of every kind; goes on where it stopped
 python $G record FOLDER quiet-sessions.jsonl --count 200
 python $G table quiet.jsonl                            # rates with exact binomial intervals
@@ -12,6 +14,7 @@ python $G replay quiet-sessions.jsonl                  # the power curve, by blo
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -51,6 +54,40 @@ while True:
 """
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
 Load = Annotated[int, typer.Option(help="Processes that keep the machine busy, in bursts.")]
+
+
+@app.command()
+def model(path: Path, seed: int = 0) -> None:
+    """Write a classifier of MiniLM's shape (6 x 384) with half its neurons and random weights as ONNX."""
+    import torch
+    import transformers
+
+    from deploy_prune.export.onnx import onnx_from_torch
+    from deploy_prune.heads import Head
+
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(
+        vocab_size=1000, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=768
+    )
+    bert = transformers.BertForSequenceClassification(config)
+    onnx_from_torch(bert, Head("classification"), path, input_names=("input_ids", "attention_mask"))
+
+
+@app.command()
+def copies(model: Path, folder: Path, inner: str = "0,1200,1500,1800,2100,6000,12000") -> None:
+    """Copy the base and write a slower copy for each size of the extra product, 8,192 x inner FLOPs a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base = Path(shutil.copy(model, folder / "base.onnx"))
+    kinds = {}
+    for size in map(int, inner.split(",")):
+        path = folder / f"inner-{size}.onnx"
+        if size:
+            slow_down(base, path, size)
+        else:
+            shutil.copy(base, path)
+        kinds["same" if size == 0 else f"+{size}"] = {"file": path.name}
+    truth = {"machine": describe_machine(PLACE.threads), "place": asdict(PLACE), "kinds": kinds}
+    (folder / "truth.json").write_text(json.dumps(truth, indent=1) + "\n")
 
 
 @app.command()
@@ -100,6 +137,7 @@ def trials(folder: Path, out: Path, count: int = 40, seconds: float = 60.0, load
                     "kind": kind,
                     **truth,
                     "load": load,
+                    "load_average": round(os.getloadavg()[0], 2),
                     "allowed_seconds": seconds,
                     "outcome": verdict.outcome,
                     "clock": verdict.clock,
@@ -128,7 +166,7 @@ def table(paths: list[Path]) -> None:
     for path in paths:
         entries = [json.loads(line) for line in path.read_text().splitlines()]
         for load in sorted({e["load"] for e in entries}):
-            for kind in KINDS:
+            for kind in dict.fromkeys(e["kind"] for e in entries):
                 found = [e for e in entries if (e["load"], e["kind"]) == (load, kind)]
                 if found:
                     seconds = [e["seconds"] for e in found]

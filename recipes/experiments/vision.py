@@ -136,6 +136,7 @@ def _encoder(encoder: Path, names: list[str], image: int, start: Path) -> Any:
         model = transformers.AutoModelForImageClassification.from_pretrained(
             encoder, dtype=torch.float32, id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)}
         )
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(start)
     (start / "preprocessor_config.json").write_text(json.dumps(settings) + "\n")
     return model
@@ -147,6 +148,7 @@ def _from_scratch(arrays: Any, names: list[str], patch: int, hidden: int, layers
     images = images[..., None] if images.ndim == 3 else images
     channels, part = images.shape[-1], images[:5000] / 255
     config = transformers.ViTConfig(
+        architectures=["ViTForImageClassification"],
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
