@@ -40,10 +40,21 @@ app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
 
 @app.command()
 def make(
-    model: Path, folder: Path, data: Path | None = None, task: str | None = None, align: int = 1, length: int = 128
+    model: Path,
+    folder: Path,
+    data: Path | None = None,
+    task: str | None = None,
+    align: int = 1,
+    length: int = 128,
+    formats: str = "onnx,openvino",
+    precisions: str = "fp32,int8",
 ) -> None:
-    """Write a bundle for each share of the FLOPs at a length: ONNX and OpenVINO, fp32 and int8, and torch's own."""
+    """Write a bundle for each share of the FLOPs at a length: these files, and the checkpoint that torch reads.
+
+    An image model's length is the number of its tokens, whatever `length` says.
+    """
     dense = load_dense(str(model), "classification")
+    length = dense.signature.tokens or length
     groups = arch_of(dense.model).groups(dense.model)
     for keep in KEEPS:
         out = folder / f"{keep:g}"
@@ -53,12 +64,16 @@ def make(
             masks = Path(scratch) / "masks.npz"
             np.savez(masks, **ragged_masks(groups, keep, length, align))
             bundle = slice_given(str(model), [masks], out, task=task, data=str(data) if data else None, seq_len=length)
-        formats, precisions = ("onnx", "openvino"), ("fp32", "int8")
         variants = ("dense", "virtual", "sliced") if keep == KEEPS[1] else ("sliced",)
         options = Options()
         evaluation = evaluation_of(bundle) if data else None
         made = export_bundle(
-            bundle, formats=formats, precisions=precisions, variants=variants, options=options, evaluation=evaluation
+            bundle,
+            formats=formats.split(","),
+            precisions=precisions.split(","),
+            variants=variants,
+            options=options,
+            evaluation=evaluation,
         )
         made.check()
         bundle.commit()
@@ -93,12 +108,13 @@ def ragged_masks(groups: Sequence[UnitGroup], keep: float, length: int, align: i
     return at(high)
 
 
-def subjects_of(folder: Path) -> list[Subject]:
-    """Return the dense and the virtual model, and every sliced one in fp32 and int8, named by its share."""
+def subjects_of(folder: Path, precisions: Sequence[str] = ("fp32", "int8")) -> list[Subject]:
+    """Return the dense and the virtual model, and every sliced one in these precisions, named by its share."""
+    lower = [p for p in precisions if p != "fp32"]
     bundles = {keep: Bundle.open(folder / f"{keep:g}") for keep in KEEPS}
-    found = bundle_subjects(bundles[KEEPS[1]], ["dense", "virtual", "dense:int8"])
+    found = bundle_subjects(bundles[KEEPS[1]], ["dense", "virtual", *(f"dense:{p}" for p in lower)])
     for keep, bundle in bundles.items():
-        for subject in bundle_subjects(bundle, ["sliced", "sliced:int8"]):
+        for subject in bundle_subjects(bundle, ["sliced", *(f"sliced:{p}" for p in lower)]):
             found.append(Subject(**{**subject.to_dict(), "name": f"{keep:g} {subject.precision}"}))
     return found
 
@@ -113,10 +129,12 @@ def measure(
     threads: int = 2,
     seconds: float = 4.0,
     rounds: int = 6,
+    precisions: str = "fp32,int8",
     models: Annotated[str, typer.Option(help="Only models whose names hold one of these, comma-separated.")] = "",
 ) -> None:
     """Measure every cell, small ones first; a line of JSON a cell."""
-    subjects = [s for s in subjects_of(folder) if not models or any(part in s.name for part in models.split(","))]
+    asked, parts = precisions.split(","), models.split(",")
+    subjects = [s for s in subjects_of(folder, asked) if not models or any(part in s.name for part in parts)]
     done = [_place(json.loads(line)) for line in out.read_text().splitlines()] if out.is_file() else []
     cells = product(runtimes.split(","), map(int, batches.split(",")), map(int, seqs.split(",")))
     for runtime, batch, seq in sorted(cells, key=lambda c: c[1] * c[2]):
@@ -125,7 +143,7 @@ def measure(
         settings = BenchSettings(
             runtimes=(runtime,), batches=(batch,), seqs=(seq,), threads=(threads,), seconds=seconds, min_rounds=rounds
         )
-        result, _ = bench(subjects, settings, leave_out=without_file)
+        result, _ = bench(subjects, settings, leave_out=without_file if "int8" in asked else None)
         with open(out, "a", encoding="utf-8") as file:
             file.write(json.dumps({"folder": folder.name, **result}) + "\n")
         print(f"{runtime} {batch} x {seq}: " + ", ".join(_said(m) for m in result["measurements"]), flush=True)

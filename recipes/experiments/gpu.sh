@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# The runs that docs/results.md reports of a GPU: vision transformers trained, pruned and recovered there, BERT-base's shape
+# measured there, and the gate tried on its processors meanwhile.
+#
+#   recipes/experiments/gpu.sh fashion fashion_mnist.npz OUT          # ViT-S from scratch
+#   recipes/experiments/gpu.sh cifar cifar10.npz OUT encoders/dinov2-small
+#   recipes/experiments/gpu.sh bert encoders/bert-base-random OUT
+#   recipes/experiments/gpu.sh gate OUT STREAMS SECONDS
+set -euo pipefail
+what=$1
+recipes="$(cd "$(dirname "$0")" && pwd)"
+cli=(python3 -m deploy_prune)
+log() { echo "[$(date +%T)] $*"; }
+
+vit() { # NAME TASK DATA OUT EPOCHS: a seed of `vit` each in a process of its own, recovery beside them
+  local name=$1 task=$2 data=$3 out=$4 epochs=$5 seed
+  local same=(--model "models/$name" --task "$task" --data "$data" --device "${DEVICE:-cuda}" --out "$out")
+  for seed in 0 1 2; do
+    "${cli[@]}" experiment vit "${same[@]}" --seeds "$seed" --stem "$name-vit-$seed" > "$out/$name-vit-$seed.log" 2>&1 &
+  done
+  for seed in 0 1 2; do
+    "${cli[@]}" experiment recover "${same[@]}" --seeds "$seed" --recover-epochs "$epochs" --recover-batch 256 --recover-lr 3e-4 \
+      --recover-samples 60000 --stem "$name-recover-$seed" > "$out/$name-recover-$seed.log" 2>&1 || log "recover failed"
+    log "recovered with seed $seed"
+  done
+  wait
+}
+
+case $what in
+  fashion)
+    data=$2 out=$3
+    log "train"
+    python3 "$recipes/vision.py" train "$data" models/vit-s-fashion --task fashion_mnist --epochs "${EPOCHS:-16}" --batch 512
+    log "experiments"
+    vit vit-s-fashion fashion_mnist "$data" "$out" 4
+    ;;
+  cifar)
+    data=$2 out=$3
+    log "train"
+    python3 "$recipes/vision.py" train "$data" models/dinov2-s-cifar --task cifar10 --encoder "$4" --image 112 \
+      --epochs "${EPOCHS:-20}" --batch 128 --lr 1e-4
+    log "experiments"
+    vit dinov2-s-cifar cifar10 "$data" "$out" 10
+    ;;
+  bert)
+    log "make"
+    [ -d shapes/bert-base-gpu ] || python3 "$recipes/shapes.py" make "$2" shapes/bert-base-gpu --formats onnx --precisions fp32
+    log "measure"
+    python3 "$recipes/shapes.py" measure shapes/bert-base-gpu "$3/bert-base-gpu.jsonl" \
+      --runtimes torch-cuda --batches 1,8,32 --seqs 128 --precisions fp32,fp16 --seconds 3
+    python3 "$recipes/shapes.py" measure shapes/bert-base-gpu "$3/bert-base-gpu.jsonl" \
+      --runtimes torch-cuda --batches 32 --seqs 384 --precisions fp32,fp16 --seconds 3
+    # Every model is compiled anew in its own process: one cell, of the models that answer the question.
+    python3 "$recipes/shapes.py" measure shapes/bert-base-gpu "$3/bert-base-gpu.jsonl" \
+      --runtimes torch-graphs-cuda --batches 1 --seqs 128 --precisions fp32,fp16 --seconds 3 --models dense,0.5
+    ;;
+  gate)
+    out=$2
+    python3 "$recipes/gate_trials.py" model gate-base.onnx
+    python3 "$recipes/gate_trials.py" copies gate-base.onnx gate --inner 0,2000,2400,2800,8000,16000
+    for stream in $(seq "$3"); do
+      timeout "$4" python3 "$recipes/gate_trials.py" trials gate "$out/gate-$stream.jsonl" --count 1000 --seconds 60 \
+        > "$out/gate-$stream.log" 2>&1 &
+    done
+    wait || true
+    ;;
+esac
+log "done"
