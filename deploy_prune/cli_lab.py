@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import screen
+from .config import DEMO_MODELS
 from .errors import InputError
 from .flags import Json, numbers, shares
 
@@ -110,10 +111,10 @@ def probe(
 
     with screen.Bars() as bars:
         source = model
-        if model == "demo":
+        if model in DEMO_MODELS:
             from .demo import prepare_demo
 
-            source = str(prepare_demo(bars).model)
+            source = str(prepare_demo(model, bars).model)
         with bars.stage("probe") as progress:
             table = measure(
                 source,

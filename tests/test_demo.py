@@ -1,4 +1,4 @@
-"""The demo: its archives, its snippets, its cache. No network, no training."""
+"""The demos: archives, snippets, digits, their cache. No network, and no training but of a tiny model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deploy_prune import archives, demo
+from deploy_prune import archives, demo, demo_text
 from deploy_prune.archives import Archive, fetch, read_tar, read_zip, sha256_of
 from deploy_prune.errors import SystemStateError
 from deploy_prune.snippets import parse_snippets, sentence_key, split_snippets
@@ -76,8 +76,8 @@ def test_a_failed_download_says_what_to_do(
 ) -> None:
     Registry(monkeypatch, content, error)
     with pytest.raises(SystemStateError, match=said) as caught:
-        fetch(ARCHIVE, tmp_path, needed=(ARCHIVE, demo.ENCODER))
-    for part in (str(tmp_path), ARCHIVE.filename, ARCHIVE.sha256, demo.ENCODER.filename):
+        fetch(ARCHIVE, tmp_path, needed=(ARCHIVE, demo_text.ENCODER))
+    for part in (str(tmp_path), ARCHIVE.filename, ARCHIVE.sha256, demo_text.ENCODER.filename):
         assert part in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -135,20 +135,20 @@ def fake_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     import zipfile
 
     with zipfile.ZipFile(wheel, "w") as archive:
-        for name in demo.ENCODER_FILES:
-            archive.writestr(f"{demo.ENCODER_FOLDER}/{name}", b"{}")
+        for name in demo_text.ENCODER_FILES:
+            archive.writestr(f"{demo_text.ENCODER_FOLDER}/{name}", b"{}")
     sdist = tmp_path.parent / f"{tmp_path.name}.tar.gz"
-    sdist.write_bytes(tar_of(**{demo.SNIPPETS_TAR: tar_of(**{demo.SNIPPETS_FILE: LINES})}))
-    files = {demo.ENCODER.filename: wheel, demo.SNIPPETS.filename: sdist}
-    monkeypatch.setattr(demo, "fetch", lambda archive, folder, needed: files[archive.filename])
-    monkeypatch.setattr(demo, "HELD_OUT_ROWS", 1)
+    sdist.write_bytes(tar_of(**{demo_text.SNIPPETS_TAR: tar_of(**{demo_text.SNIPPETS_FILE: LINES})}))
+    files = {demo_text.ENCODER.filename: wheel, demo_text.SNIPPETS.filename: sdist}
+    monkeypatch.setattr(demo_text, "fetch", lambda archive, folder, needed: files[archive.filename])
+    monkeypatch.setattr(demo_text, "HELD_OUT_ROWS", 1)
 
     def train(encoder: Path, out: Path, *rest: Any) -> float:
-        assert sorted(path.name for path in encoder.iterdir()) == sorted(demo.ENCODER_FILES)
+        assert sorted(path.name for path in encoder.iterdir()) == sorted(demo_text.ENCODER_FILES)
         out.mkdir()
         return 0.9
 
-    monkeypatch.setattr(demo, "_train", train)
+    monkeypatch.setattr(demo_text, "_train", train)
     return tmp_path
 
 
@@ -158,12 +158,12 @@ def demo_folders(cache: Path) -> list[str]:
 
 def test_the_demo_is_made_once(fake_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = demo.prepare_demo()
-    assert demo_folders(fake_world) == [f"demo-{demo.VERSION}"]
+    assert demo_folders(fake_world) == ["demo-1"]
     assert sorted(path.name for path in paths.data.iterdir()) == ["train.jsonl", "validation.jsonl"]
     row = json.loads((paths.data / "validation.jsonl").read_text(encoding="utf-8"))
     assert set(row) == {"text", "label"}
     assert json.loads((paths.model.parent / "demo.json").read_text())["accuracy"] == 0.9
-    monkeypatch.delattr(demo, "_build")
+    monkeypatch.delattr(demo_text, "build")
     assert demo.prepare_demo() == paths
 
 
@@ -172,14 +172,14 @@ def test_an_interrupted_build_leaves_nothing(fake_world: Path, monkeypatch: pyte
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "_train", interrupt)
+        patch.setattr(demo_text, "_train", interrupt)
         with pytest.raises(KeyboardInterrupt):
             demo.prepare_demo()
     assert demo_folders(fake_world) == []
     (fake_world / ".demo-killed" / "demo").mkdir(parents=True)  # a run that could not clean up
-    (fake_world / f"demo-{demo.VERSION}").mkdir()  # and one without its commit point
+    (fake_world / "demo-1").mkdir()  # and one without its commit point
     assert (demo.prepare_demo().data / "train.jsonl").is_file()
-    assert demo_folders(fake_world) == [f"demo-{demo.VERSION}"]
+    assert demo_folders(fake_world) == ["demo-1"]
 
 
 def test_an_empty_cache_without_network_names_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +190,7 @@ def test_an_empty_cache_without_network_names_both_files(tmp_path: Path, monkeyp
     with pytest.raises(SystemStateError) as caught:
         demo.prepare_demo()
     assert caught.value.exit_code == 4
-    for archive in (demo.ENCODER, demo.SNIPPETS):
+    for archive in (demo_text.ENCODER, demo_text.SNIPPETS):
         assert archive.filename in str(caught.value)
     assert str(tmp_path / "archives") in str(caught.value)
     assert list((tmp_path / "archives").iterdir()) == []

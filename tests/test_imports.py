@@ -23,14 +23,15 @@ FOLDERS = {
 LAYERS = [
     "errors units progress moments image_settings",
     "latency_table images",
-    "archs costs heads tasks bundle config masking modeling_sliced batches fidelity given_masks archives snippets",
+    "archs costs heads signature tasks bundle config masking modeling_sliced batches fidelity",
+    "given_masks archives snippets",
     "calibration predict layerwise teacher",
     "criteria",
     "search rearrange compensate",
     "slicing checkpoint",
     "stages runtimes finetune distil recover",
     "pruner",
-    "export runtime_bench demo",
+    "export runtime_bench demo demo_text demo_digits",
     "variants golden evaluate",
     "pipeline measuring",
     "probing experiments",
@@ -43,7 +44,8 @@ MAY_MEET = {"runtime_bench.probe"}
 
 TORCH_FREE = [
     *("deploy_prune", "deploy_prune.errors", "deploy_prune.units", "deploy_prune.bundle", "deploy_prune.config"),
-    *("deploy_prune.cli", "deploy_prune.demo", "deploy_prune.runtimes", "deploy_prune.runtimes.base"),
+    *("deploy_prune.cli", "deploy_prune.demo", "deploy_prune.demo_text", "deploy_prune.demo_digits"),
+    *("deploy_prune.runtimes", "deploy_prune.runtimes.base"),
     *("deploy_prune.runtimes.ort", "deploy_prune.serve", "deploy_prune.runtime_bench"),
     *("deploy_prune.images", "deploy_prune.image_settings"),
     *("deploy_prune.runtime_bench.stats", "deploy_prune.runtime_bench.gate", "deploy_prune.runtime_bench.report"),

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     masks = {"head_mask": rng.random((3, 4)) < 0.5, "neuron_mask": rng.random((3, 24)) < 0.5}
     np.savez(folder / "masks.npz", **{k: v.astype(np.float32) for k, v in masks.items()})
-    cached = folder / "cache" / f"demo-{demo.VERSION}"
+    cached = folder / "cache" / demo.demo_folder().name
     checkpoint(cached / "model")
     data(cached / "data")
     (cached / "demo.json").write_text("{}")

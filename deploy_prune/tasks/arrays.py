@@ -66,8 +66,8 @@ def _read(path: Path, archive: zipfile.ZipFile) -> dict[str, Arrays]:
     found = {}
     for split in splits:
         images = _images(path, archive, members[split, "images"])
-        info = members.get((split, "labels"))
-        labels = None if info is None else _labels(path, archive, info, len(images))
+        member = members.get((split, "labels"))
+        labels = None if member is None else _labels(path, archive, member, len(images))
         found[split] = Arrays(images, labels, names)
     return found
 

@@ -50,9 +50,13 @@ class Pictures:
         return hashlib.sha256(image.tobytes() if isinstance(image, np.ndarray) else image).hexdigest()
 
     def select(self, rows: Sequence[int]) -> Pictures:
-        images = self.images[rows] if isinstance(self.images, np.ndarray) else [self.images[i] for i in rows]
-        if isinstance(self.images, Column):
+        images: Any
+        if isinstance(self.images, np.ndarray):
+            images = self.images[rows]
+        elif isinstance(self.images, Column):
             images = Column(self.images.dataset.select(rows), self.images.name, self.source)
+        else:
+            images = [self.images[i] for i in rows]
         return Pictures(self.source, images, self.labels and [self.labels[i] for i in rows], self.names)
 
 
@@ -105,7 +109,7 @@ def from_dataset(dataset: Any, source: str, image: str | None, label: str | None
 
     kinds = dataset.features
     own = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
-    image = image or next(iter([*own, *(n for n in IMAGES if n in kinds)]), None)
+    image = image or next(iter([*own, *(n for n in IMAGES if n in kinds)]), "")
     if image not in kinds:
         raise DataError(
             f"{source} has no column {f'{image!r}' if image else 'of images'}; it has: {', '.join(kinds)}.",

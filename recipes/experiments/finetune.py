@@ -56,7 +56,7 @@ def finetune(experiment: Experiment, encoder: Path, data: Path, out: Path) -> di
     learner = Learner.from_encoder(encoder, experiment.head, dict(enumerate(experiment.labels)), recipe.seed)
     task = load_task(
         experiment.task,
-        tokenizer=learner.tokenizer,
+        tokenizer=learner.processor,
         config=learner.model.config,
         data=data,
         max_length=experiment.max_length,
