@@ -38,7 +38,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 export: MODEL ?= demo
-export: $(READY) ## Prune, slice, export and measure MODEL (default: the built-in demo)
+export: $(READY) ## Prune, slice, export and measure MODEL (built in: demo, the default, and digits-vit)
 	@$(BIN)/deploy-prune run $(call quoted,MODEL) $(call flag,TASK,--task) $(call flag,DATA,--data) \
 	  $(call flag,KEEP,--keep-flops) $(call flag,SEQ,--seq-len) $(call flag,SAMPLES,--samples) \
 	  $(call flag,SEED,--seed) $(call flag,DEVICE,--device) $(call flag,FORMATS,--formats) \

@@ -18,7 +18,8 @@ from .progress import Reporter
 from .tasks import load_task
 
 HELD_OUT_ROWS = 400
-MIN_ACCURACY = 0.93  # below this something is wrong
+MIN_ACCURACY = 0.93  # below this something is wrong; 0.9675 was measured, other CPUs round differently
+EPOCHS = 30
 SEED = 0
 SETTINGS = {
     "image_processor_type": "ViTImageProcessor",
@@ -76,7 +77,7 @@ def _train(data: Path, out: Path, reporter: Reporter) -> tuple[float, dict[str, 
         "image-classification", config=config, processor=learner.processor, data=data, architecture=architecture
     )
     with reporter.stage("digits-vit: train, once") as progress:
-        recipe = Recipe(epochs=30, batch_size=32, learning_rate=2e-3, seed=SEED)
+        recipe = Recipe(epochs=EPOCHS, batch_size=32, learning_rate=2e-3, seed=SEED)
         learner.train(task.train.encode(range(len(task.train))), recipe, progress)
     accuracy = measured(learner, task.evaluation.rows(), MIN_ACCURACY, reporter, "digits-vit")
     learner.save(out)

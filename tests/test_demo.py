@@ -7,16 +7,23 @@ import io
 import json
 import subprocess
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from deploy_prune import archives, demo, demo_text
+from deploy_prune import archives, demo, demo_digits, demo_text, pipeline
 from deploy_prune.archives import Archive, fetch, read_tar, read_zip, sha256_of
-from deploy_prune.errors import SystemStateError
+from deploy_prune.checkpoint import load_config, load_dense
+from deploy_prune.config import DEMO_MODELS, load_recipe
+from deploy_prune.errors import InputError, SystemStateError
+from deploy_prune.heads import Head
+from deploy_prune.predict import predict
+from deploy_prune.progress import Silent
 from deploy_prune.snippets import parse_snippets, sentence_key, split_snippets
+from deploy_prune.tasks import load_task, task_head
 
 CONTENT = b"what the registry holds"
 ARCHIVE = Archive("some-package", "1.0", "some_package-1.0.tar.gz", hashlib.sha256(CONTENT).hexdigest())
@@ -201,3 +208,72 @@ def test_an_unwritable_cache_is_an_error_of_the_machine(tmp_path: Path, monkeypa
     monkeypatch.setenv("DEPLOY_PRUNE_CACHE", str(tmp_path / "file"))
     with pytest.raises(SystemStateError, match="Cannot prepare the demo"):
         demo.prepare_demo()
+
+
+@pytest.fixture(scope="module")
+def digits_demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[demo.DemoPaths]:
+    """Train the real digits demo once, in a cache of its own; it takes half a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEPLOY_PRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield demo.prepare_demo("digits-vit")
+
+
+def test_the_digits_are_learnt(digits_demo: demo.DemoPaths) -> None:
+    summary = json.loads((digits_demo.model.parent / "demo.json").read_text())
+    assert summary["accuracy"] >= demo_digits.MIN_ACCURACY == 0.93
+    assert summary["rows"] == {"train": 1397, "validation": 400}
+    source = str(digits_demo.model)
+    config = load_config(source)
+    dense = load_dense(source, "classification")
+    task = load_task("image-classification", config=config, processor=dense.processor, data=digits_demo.data)
+    rows = task.evaluation.rows()
+    scores = task.evaluation.score(predict(dense.model, Head("classification"), rows))
+    assert scores["accuracy"] == summary["accuracy"]
+    assert (rows[0].length, task.labels) == (17, [str(i) for i in range(10)])
+
+
+def test_the_digits_are_split_by_image() -> None:
+    parts = demo_digits.digits()
+    assert {name: images.shape for name, (images, _) in parts.items()} == {
+        "train": (1397, 8, 8),
+        "validation": (400, 8, 8),
+    }
+    images = {name: {image.tobytes() for image in images} for name, (images, _) in parts.items()}
+    assert not images["train"] & images["validation"]
+    assert all(set(labels.tolist()) == {*range(10)} for _, labels in parts.values())
+    assert max(images.max() for images, _ in parts.values()) == 255
+
+
+def test_the_digits_are_stored_without_pickles(digits_demo: demo.DemoPaths) -> None:
+    for name in ("train", "validation"):
+        with np.load(digits_demo.data / f"{name}.npz", allow_pickle=False) as arrays:
+            assert {array: arrays[array].dtype.str for array in arrays.files} == {"images": "|u1", "labels": "<i8"}
+
+
+def test_a_demo_that_learnt_too_little_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DEPLOY_PRUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(demo_digits, "EPOCHS", 1)
+    with pytest.raises(SystemStateError, match=r"digits-vit gave an accuracy of .* less than 0\.93"):
+        demo.prepare_demo("digits-vit")
+    assert demo_folders(tmp_path) == []
+
+
+def test_a_run_of_the_digits_is_resolved(digits_demo: demo.DemoPaths) -> None:
+    notes: list[str] = []
+    reporter = Silent()
+    reporter.note = notes.append  # type: ignore[method-assign]
+    source, task, recipe = pipeline._resolve(load_recipe(model="digits-vit"), reporter)
+    assert (source, task) == (str(digits_demo.model), "image-classification")
+    assert (recipe.data, recipe.samples) == (str(digits_demo.data), 1024)
+    assert notes == ["digits-vit has few training rows: calibrating on 1024 instead of 2048"]
+    assert recipe.destination(task) == Path("bundles/digits-vit")
+    notes.clear()
+    _, _, recipe = pipeline._resolve(load_recipe(model="digits-vit", samples=256), reporter)
+    assert (recipe.samples, notes) == (256, [])
+    with pytest.raises(InputError, match="about texts"):
+        pipeline._resolve(load_recipe(model="digits-vit", task="sst2"), reporter)
+
+
+def test_the_names_of_the_demos() -> None:
+    assert tuple(demo.DEMOS) == DEMO_MODELS
+    assert all(task_head(entry.task) == "classification" for entry in demo.DEMOS.values())
