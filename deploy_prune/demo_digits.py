@@ -28,7 +28,7 @@ SETTINGS = {
     "image_mean": [0.5],
     "image_std": [0.5],
 }
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "image_size": 8,
     "patch_size": 2,
     "num_channels": 1,

@@ -62,17 +62,18 @@ class ImageProcessor:
         text = json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n"
         (Path(folder) / SETTINGS).write_text(text, encoding="utf-8")
 
-    def __call__(self, images: Sequence[Any]) -> np.ndarray:
+    def __call__(self, images: Sequence[Any], first: int = 0) -> np.ndarray:
         """Return the pixel values (B, C, H, W), float32, of uint8 arrays (H, W) or (H, W, C), or of Pillow's images.
 
-        Raises InputError, with the number of the image, for what is no such image or comes out in another size.
+        Raises InputError, with the number of the image, counted from `first`, for what is no such image or comes out
+        in another size.
         """
         out = np.empty((len(images), *self.output_size), dtype=np.float32)
         for i, image in enumerate(images):
             try:
                 out[i] = self._values(image)
             except InputError as error:
-                raise InputError(f"Image {i}: {error.message}", hint=error.hint) from error
+                raise InputError(f"Image {first + i}: {error.message}", hint=error.hint) from error
         return out
 
     def _values(self, image: Any) -> np.ndarray:
@@ -110,18 +111,18 @@ def open_image(source: str | Path | bytes, where: str) -> Image:
 
     Raises InputError naming `where` for what is missing, broken, not an image, or too large to be harmless.
     """
-    pillow = _pillow()
+    module = pillow()
     from PIL import ImageOps
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", pillow.DecompressionBombWarning)
-            with pillow.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
+            warnings.simplefilter("error", module.DecompressionBombWarning)
+            with module.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
                 picture.load()
                 return ImageOps.exif_transpose(picture)
-    except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
+    except (module.DecompressionBombError, module.DecompressionBombWarning) as error:
         raise InputError(f"{where} is too large an image: {error}", hint="Give smaller images.") from error
-    except pillow.UnidentifiedImageError as error:
+    except module.UnidentifiedImageError as error:
         raise InputError(f"{where} is not an image.", hint=f"Known formats: {', '.join(FORMATS)}.") from error
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all of them for broken files
         raise InputError(f"Cannot read the image {where}: {error}", hint="Mend or remove it.") from error
@@ -193,8 +194,8 @@ def _keep_ratio(picture: Image, short: int) -> tuple[int, int]:
 
 
 def _as_picture(image: Any) -> Image:
-    pillow = _pillow()
-    if isinstance(image, pillow.Image):
+    module = pillow()
+    if isinstance(image, module.Image):
         return image
     if not isinstance(image, np.ndarray):
         raise InputError(
@@ -208,7 +209,7 @@ def _as_picture(image: Any) -> Image:
         )
     if not image.size:
         raise InputError(f"It is an empty array {image.shape}.", hint="Give at least one pixel.")
-    return pillow.fromarray(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image)
+    return module.fromarray(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image)
 
 
 def _with_channels(picture: Image, channels: int) -> Image:
@@ -224,12 +225,13 @@ def _with_channels(picture: Image, channels: int) -> Image:
     mode = "L" if channels == 1 else "RGB"
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
-        white = _pillow().new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = _pillow().alpha_composite(white, picture)
+        white = pillow().new("RGBA", picture.size, (255, 255, 255, 255))
+        picture = pillow().alpha_composite(white, picture)
     return picture if picture.mode == mode else picture.convert(mode)
 
 
-def _pillow() -> Any:
+def pillow() -> Any:
+    """Import Pillow's module of images on first use. Raises MissingExtraError."""
     try:
         from PIL import Image
     except ImportError as error:

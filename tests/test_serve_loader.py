@@ -227,8 +227,8 @@ def test_the_tokenizers_own_limit_holds(tmp_path: Path) -> None:
     bundle = exported_bundle(tmp_path)
     rewrite(bundle, "tokenizer_config.json", model_max_length=10)
     with load(bundle.root, threads=1) as predictor:
-        assert predictor.tokenizer.encode("film " * 20).ids[-1] == 3
-        assert len(predictor.tokenizer.encode("film " * 20).ids) == 10
+        assert predictor.preparation.tokenizer.encode("film " * 20).ids[-1] == 3
+        assert len(predictor.preparation.tokenizer.encode("film " * 20).ids) == 10
 
 
 def test_a_file_of_one_shape_takes_any_texts(made: Made) -> None:

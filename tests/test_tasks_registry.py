@@ -23,6 +23,7 @@ from deploy_prune.tasks import registry
         (tiny_config(labels=1, problem_type="regression"), "regression"),
         (tiny_config(""), "embedding"),
         (tiny_config("ImageClassification"), "image-classification"),
+        (tiny_config("ImageClassificationWithTeacher"), "image-classification"),
     ],
 )
 def test_infer_task_from_the_head(config, expected):

@@ -61,20 +61,23 @@ def _is_unicode(text: str) -> bool:
 def read_answers(
     head: str,
     outputs: Mapping[str, np.ndarray],
-    encodings: Sequence[Encoding],
-    texts: Sequence[Text],
+    prepared: Sequence[Any],
+    given: Sequence[Any],
     names: Callable[[int], Sequence[str]],
 ) -> list[Any]:
-    """Return the answer of each row; `names` gives the labels of that many classes. Raises InputError for no head."""
+    """Return the answer of each row; `names` gives the labels of that many classes. Raises InputError for no head.
+
+    `given` are texts, `prepared` their encodings, where the answers speak of words.
+    """
     if head == "classification":
         return [_class(p, names(len(p))) for p in softmax(outputs["logits"])]
     if head == "regression":
         return [{"value": float(row[0])} for row in outputs["logits"]]
     if head == "token":
-        rows = zip(softmax(outputs["logits"]), encodings, texts, strict=True)
+        rows = zip(softmax(outputs["logits"]), prepared, given, strict=True)
         return [_tokens(p, encoding, str(text), names(p.shape[-1])) for p, encoding, text in rows]
     if head == "qa":
-        spans = zip(outputs["start_logits"], outputs["end_logits"], encodings, texts, strict=True)
+        spans = zip(outputs["start_logits"], outputs["end_logits"], prepared, given, strict=True)
         return [_answer(start, end, encoding, text[1]) for start, end, encoding, text in spans]
     if head == "embedding":
         return [{"embedding": row.copy()} for row in outputs["embedding"]]

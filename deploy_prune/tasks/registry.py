@@ -19,6 +19,8 @@ _HEAD_NAMES: dict[HeadKind, str] = {
     "qa": "a ForQuestionAnswering head",
     "embedding": "a bare encoder without a head",
 }
+# DeiT's second name is that of a model with a distillation token, which answers with the mean of two heads.
+_IMAGE_HEADS = ("ForImageClassification", "ForImageClassificationWithTeacher")
 _THINGS: dict[Modality, str] = {"text": "texts", "image": "images"}
 
 
@@ -81,7 +83,7 @@ def model_head(config: Any, architecture: str | None = None) -> HeadKind:
             hint='Add "architectures": ["BertForSequenceClassification"] or the like to config.json.',
         )
     image = model_modality(config, architecture) == "image"
-    if image and not name.endswith("ForImageClassification"):
+    if image and not name.endswith(_IMAGE_HEADS):
         raise InputError(
             f"{name} reads images, but its head is none that a task here can use.",
             hint="Known heads for images: ForImageClassification.",
@@ -92,7 +94,7 @@ def model_head(config: Any, architecture: str | None = None) -> HeadKind:
         return "token"
     if name.endswith(("Model", "ForMaskedLM", "ForPreTraining")):
         return "embedding"
-    if not name.endswith(("ForSequenceClassification", "ForImageClassification")):
+    if not name.endswith(("ForSequenceClassification", *_IMAGE_HEADS)):
         raise InputError(
             f"{name} has a head that no task here can use.",
             hint="Known heads: ForSequenceClassification, ForQuestionAnswering, ForTokenClassification, "
