@@ -200,7 +200,7 @@ def test_flops_of_what_is_left_are_the_plans(family: str, head: str) -> None:
 
 
 def test_depth_without_a_limit_on_the_widths() -> None:
-    model, groups, head, rows = parts("bert")
+    model, _, head, rows = parts("bert")
     made = Pruner(model, head, rows).prune(Budget(1.0), Options(depth=Depth(layers=1)))
     counts = {g.name: g.count for g in made.plan.groups}
     assert sorted(counts.values()) == [0, 0, 4, 4, 24, 24]
