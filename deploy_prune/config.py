@@ -157,6 +157,13 @@ class Recipe(ExportSettings):
         default="global", description="Units compete in the whole model, or (local) every layer keeps the same share."
     )
 
+    drop_layers: int = _field(0, "Whole layers to leave out, by the measured change of the loss.", ge=0)
+    drop_sublayers: int = _field(0, "Attentions and FFNs to leave out, after the layers, likewise.", ge=0)
+    depth_rows: int = _field(256, "Calibration rows on which each is measured.", ge=1)
+    depth_order: Literal["before", "after"] = _field(
+        "before", "Leave them out before the widths are searched, or after that and recovery, which then runs again."
+    )
+
     steps: int = _field(1, "Prune in so many steps of a cubic schedule, with fresh statistics in each.", ge=1)
 
     samples: int = _field(2048, "Training rows to calibrate on, drawn without replacement.")

@@ -22,14 +22,15 @@ from .calibration import sample_indices
 from .checkpoint import Dense, load_config, load_dense, save_sliced
 from .config import DEMO_MODELS, MIN_SAMPLES, BenchSettings, Recipe
 from .costs import Budget, encoder_flops
+from .depth import Depth
 from .errors import BundleError, InputError, VerdictError
 from .evaluate import evaluate
 from .heads import Head
+from .late import Late
 from .latency_table import read_latency_table
 from .progress import Reporter, Silent
 from .pruner import prune_rows
 from .signature import Signature
-from .slicing import slice_model
 from .stages import Options, PrunedPlan, Recorder, resolve_device
 from .tasks import check_task, data_has_pair, infer_task, load_task, task_head
 from .tasks.base import Row, TaskData
@@ -76,11 +77,12 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
         _check_length(recipe.seq_len, dense)
 
         dense.model.to(device)
+        budget = _budget(recipe)
         pruned = prune_rows(
             dense.model,
             head,
             rows,
-            _budget(recipe),
+            budget,
             pad_id=dense.pad_id,
             options=Options(
                 criterion=recipe.criterion,
@@ -96,13 +98,15 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
                 steps=recipe.steps,
                 seed=recipe.seed,
                 forward_dtype=recipe.forward_dtype,
+                depth=Depth.of(recipe) if recipe.depth_order == "before" else Depth(),
             ),
             reporter=reporter,
         )
         recorder = Recorder(device)
         recorder.records = pruned.stages
         scratch = destination.parent / f".{destination.name}.recovery"
-        recovered = _recover(recipe, dense, pruned, head, data, scratch, recorder, reporter)
+        late = Late(recipe, dense, head, data, rows, label_free, budget, scratch, recorder, reporter)
+        pruned, recovered = late(pruned)
         with recorder.stage("slice"):
             variants = make_variants(dense.model, pruned.groups, pruned.plan, pruned.updates, recovered)
         bundle.manifest.budget = _budget_entry(pruned)
@@ -342,46 +346,6 @@ def _calibration_rows(recipe: Recipe, data: TaskData, reporter: Reporter) -> lis
     rows = data.train.encode(sample_indices(total, recipe.samples, recipe.seed))
     reporter.note(f"Calibrating on {len(rows)} of {total} training rows (seed {recipe.seed})")
     return rows
-
-
-def _recover(
-    recipe: Recipe,
-    dense: Dense,
-    pruned: PrunedPlan,
-    head: Head,
-    data: TaskData,
-    scratch: Path,
-    recorder: Recorder,
-    reporter: Reporter,
-) -> nn.Module | None:
-    """Distil the pruned model from the dense one if that is asked for; None where its weights stay as they are.
-
-    What a killed run left in `scratch` is taken up again.
-    """
-    if not recipe.recovers:
-        return None
-    from .recover import MOST_ROWS, Recovery, recover
-
-    total = len(data.train)
-    with recorder.stage("recover") as record, reporter.stage("recover") as progress:
-        student = pruned.sliced
-        if student is None:
-            student = slice_model(dense.model, pruned.groups, pruned.plan, pruned.updates)
-        record |= recover(
-            student,
-            dense.model,
-            head,
-            data.train.encode(sample_indices(total, recipe.recover_samples or MOST_ROWS, recipe.seed)),
-            Recovery.of(recipe),
-            pad_id=dense.pad_id,
-            folder=scratch,
-            progress=progress,
-        )
-    if not record["kept"]:
-        reporter.note("Recovery did not help on the held-out rows: the pruned weights stay.")
-        return None
-    reporter.note(f"Recovery: held-out loss {record['loss_before']:.4g} -> {record['loss_after']:.4g}")
-    return student
 
 
 def _task_entry(name: str | None, head: Head, data: TaskData | None) -> dict[str, Any]:

@@ -20,13 +20,14 @@ from .costs import Budget, Limit
 from .criteria import Criterion, Evidence, get_criterion
 from .criteria.base import Scores
 from .criteria.fisher import PAPER_BATCH_ROWS
+from .depth import choose
 from .heads import Head
 from .masking import mask_model
 from .progress import Progress, Reporter, Silent
 from .rearrange import rearrange
 from .search import Search, search
 from .slicing import slice_model
-from .stages import DTYPES, Options, PrunedPlan, Recorder
+from .stages import DTYPES, REFITS, Options, PrunedPlan, Recorder
 from .tasks.base import Row
 from .teacher import Teacher, state_bytes
 from .units import GroupPlan, SlicePlan, UnitGroup
@@ -73,6 +74,7 @@ class Pruner:
         seq_len = budget.seq_len or math.ceil(np.mean([r.length for r in self.rows]))
         limits = budget.limits(self.groups, seq_len, sum(p.numel() for p in self.model.parameters()))
 
+        options = self._leave_out(options, recorder)
         if options.steps > 1 and stats is not None:
             scores = self._renew(scores, stats, limits, options, recorder)
 
@@ -90,6 +92,7 @@ class Pruner:
                 "min_heads": options.min_heads,
                 "min_neurons": options.min_neurons,
                 "align": options.align,
+                "left_out": list(options.left_out),
                 "kept_importance": kept / total if total > 0 else 1.0,
             }
 
@@ -161,6 +164,26 @@ class Pruner:
             record |= {"criterion": options.criterion, "data_free": criterion.data_free}
         self._scored[key] = scores, record
         return scores
+
+    def _leave_out(self, options: Options, recorder: Recorder) -> Options:
+        """Return the options with the groups left out that the depth asks for, chosen on the dense model."""
+        if not options.depth:
+            return options
+        with recorder.stage("depth") as record, self.reporter.stage("depth") as progress:
+            found = choose(
+                self.model,
+                self.groups,
+                self.head,
+                self.rows,
+                options.depth,
+                means=options.compensate in REFITS,
+                given=options.left_out,
+                label_free=options.label_free,
+                pad_id=self.pad_id,
+                progress=progress,
+            )
+            record |= found.record(min(options.depth.rows, len(self.rows)))
+        return replace(options, left_out=tuple(found.names))
 
     def _compensate(
         self,
@@ -262,6 +285,7 @@ class Pruner:
         self, scores: Scores, stats: CalibrationStats, limits: Sequence[Limit], options: Options, solver: Solver
     ) -> Teacher:
         """Return the dense model's run, or for mask tuning that of one searched and rearranged at a larger budget."""
+        options = replace(options, left_out=())  # the teacher has its whole depth
         larger = [Limit.share(limit.table, solver.teacher_keep(limit.keep)) for limit in limits]
         if all(limit.keep >= 1.0 for limit in larger):
             return self._run_of(self.model, options)

@@ -131,7 +131,7 @@ def recover(
         )
         checkpoint = scratch.last_checkpoint()
         before = trainer.judge()
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         after = trainer.judge()
         kept = after < before
         if not kept:
@@ -263,5 +263,5 @@ def _key(own: Mapping[str, Tensor], teacher: nn.Module, rows: Sequence[Row], set
     for state in (own, teacher.state_dict()):
         for name, tensor in state.items():
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -11,12 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .depth import Depth
 from .errors import InputError, SystemStateError
 from .masking import OutputWeights
 from .search import Minimum
 from .units import SlicePlan, UnitGroup
 
 REFIT_NEURON_SHARE = 1 / 16  # of a layer's neurons, kept at least when the refit follows
+REFITS = ("refit", "refit-parallel")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -27,6 +29,7 @@ class Options:
     Left open, `criterion`, `rearrange` and `min_neurons` follow the compensation. With the refit: "obs", no
     rearrangement, at least a sixteenth of each layer's neurons. Otherwise the paper's own: "fisher", "sample"
     and 1. Measured in docs/results.md: Fisher and rearrangement pick units for a model that is not refitted.
+    `depth` says how many whole layers and sub-layers go before the search; `left_out` names groups that go in any case.
     """
 
     criterion: str = "auto"
@@ -42,10 +45,12 @@ class Options:
     seed: int = 0
     forward_dtype: str = "fp32"
     cache_gb: float = 16.0
+    depth: Depth = field(default_factory=Depth)
+    left_out: tuple[str, ...] = ()
 
     def resolved(self, groups: Sequence[UnitGroup]) -> Options:
         """Return the options with nothing left open."""
-        refit = self.compensate in ("refit", "refit-parallel")
+        refit = self.compensate in REFITS
         widest = max(g.size for g in groups if g.kind == "neuron")
         least = max(1, round(REFIT_NEURON_SHARE * widest)) if refit else 1
         return replace(
@@ -61,7 +66,8 @@ class Options:
 
     @property
     def minimum(self) -> Minimum:
-        return Minimum(self.min_heads, 1 if self.min_neurons is None else self.min_neurons, self.align)
+        neurons = 1 if self.min_neurons is None else self.min_neurons
+        return Minimum(self.min_heads, neurons, self.align, frozenset(self.left_out))
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy_prune.costs import Budget, CostTable, Limit, encoder_flops, unit_flops
+from deploy_prune.costs import Budget, CostTable, Limit, encoder_flops, flops_table, unit_flops
 from deploy_prune.errors import InfeasibleBudgetError, InputError
 from deploy_prune.rearrange import rearrange
 from deploy_prune.search import Minimum, search
@@ -301,3 +301,21 @@ def test_rearranging_one_cut_unit_is_optimal(seed: int) -> None:
     best = int(np.argmin((gradients**2).sum(0)))
     assert np.flatnonzero(new[group.name] == 0).tolist() == [best]
     assert objectives[group.name][1] == pytest.approx((gradients[:, best] ** 2).sum())
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_what_is_left_out_costs_nothing_and_the_rest_takes_its_room(scope: str, keep: float) -> None:
+    groups = toy_groups(layers=3, heads=4, neurons=9)
+    limits, scores = flops_limit(groups, keep, 20), random_scores(groups, 3)
+    gone = frozenset({"L01.heads", "L01.neurons", "L02.heads"})
+    found = search(groups, scores, limits, Minimum(left_out=gone), scope=scope)
+    assert {name for name, mask in found.masks.items() if not mask.any()} == gone
+    assert cost_of(groups, found.masks, 20) == found.costs["flops"] <= limits[0].most
+    if scope == "global":
+        rest = tuple(g for g in groups if g.name not in gone)
+        alone = search(rest, scores, [Limit(flops_table(rest, 20), limits[0].most, keep)], Minimum(left_out=gone)).masks
+        worth = [sum(float(scores[g.name] @ masks[g.name]) for g in rest) for masks in (found.masks, alone)]
+        assert worth[0] == pytest.approx(worth[1], rel=1e-6)
+    with pytest.raises(InputError, match="whole sub-layers"):
+        search(groups, scores, limits, Minimum(left_out=gone), method="paper")

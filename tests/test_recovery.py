@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from runs_tiny import checkpoint, data
 
 from deploy_prune import recover as recovery
@@ -118,13 +119,11 @@ def test_evaluation_rows_are_never_used(tmp_path: Path, monkeypatch: pytest.Monk
         used.extend(rows)
         return original(student, teacher, head, rows, *args, **kwargs)
 
-    monkeypatch.setattr(recovery, "recover", spy)
+    monkeypatch.setattr("deploy_prune.late.recover", spy)
     pruned(settings, recover_samples=100)
     assert len(used) == 100
     lines = (tmp_path / "data" / "train.jsonl").read_text().splitlines()
-    from deploy_prune.checkpoint import load_dense
-
-    tokenizer = load_dense(settings["model"], "classification").tokenizer
+    tokenizer = transformers.AutoTokenizer.from_pretrained(settings["model"])
     texts = {tuple(tokenizer(json.loads(line)["text"])["input_ids"]) for line in lines}
     assert {tuple(row.features["input_ids"].tolist()) for row in used} <= texts
 
@@ -150,3 +149,60 @@ def test_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke([*words, "--recover-lr", "1e-3"]) == 2
     assert "neither recover_epochs nor recover_minutes" in " ".join(capsys.readouterr().err.split())
     assert invoke([*words, "--recover-epochs", "0"]) == 2
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_depth_in_a_whole_run(order: str, tmp_path: Path) -> None:
+    settings = prepare(tmp_path, keep_flops=0.5, drop_layers=1, drop_sublayers=1, depth_order=order, depth_rows=40)
+    made = pruned(settings)
+    depth = next(s for s in made.manifest.stages if s.name == "depth").model_dump()
+    gone = {name for removal in depth["removals"] for name in removal["groups"]}
+    assert len(gone) == 3
+    assert depth["rows"] == 40
+    assert {g.name for g in made.plan().groups if not g.count} == gone
+    names = [s.name for s in made.manifest.stages]
+    widths = ["search", "rearrange", "compensate", "recover"]
+    expected = ["depth", *widths] if order == "before" else [*widths, "depth", "recover again"]
+    assert names == ["calibrate", "score", *expected, "slice", "evaluate"]
+    counts = made.manifest.counts
+    assert counts["sliced"]["encoder_flops"] == made.manifest.budget["limits"][0]["reached"]
+    assert counts["sliced"]["encoder_flops"] <= 0.5 * counts["dense"]["encoder_flops"]
+    assert made.manifest.plan["recovered"] is (order == "after" or record_of(made)["kept"])
+    assert made.manifest.fidelity["sliced_to_virtual"]["max_abs"] <= 1e-5
+    for variant in VARIANTS:
+        model = load_variant(made, variant)
+        for case in made.golden():
+            with torch.inference_mode():
+                found = model(**{k: torch.from_numpy(v) for k, v in case.inputs.items()}).logits.numpy()
+            expected_logits = case.outputs[variant]["logits"]
+            assert np.abs(found - expected_logits).max() <= (0 if variant == "sliced" else 1e-6)
+
+
+def test_depth_last_without_recovery(tmp_path: Path) -> None:
+    settings = {k: v for k, v in prepare(tmp_path).items() if not k.startswith("recover")}
+    made = pruned(settings, drop_sublayers=2, depth_order="after")
+    assert [s.name for s in made.manifest.stages][-3:] == ["depth", "slice", "evaluate"]
+    assert sum(g.count == 0 for g in made.plan().groups) == 2
+    assert made.manifest.fidelity["sliced_to_virtual"]["max_abs"] <= 1e-5
+
+
+def test_a_run_killed_after_its_depth_keeps_the_first_recovery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = prepare(tmp_path, drop_layers=1, depth_order="after")
+    whole = pruned(settings, out=str(tmp_path / "whole"))
+    train = recovery.DistilTrainer.train
+    runs = []
+
+    def killed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        runs.append(self.args.output_dir)
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(recovery.DistilTrainer, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pruned(settings)
+    made = pruned(settings)
+    assert [Path(r).name for r in runs] == ["recover", "recover-again", "recover-again"]
+    assert record_of(made)["reused"] is True
+    sliced = "sliced/model.safetensors"
+    assert made.manifest.files[sliced] == whole.manifest.files[sliced]

@@ -56,8 +56,10 @@ def search(
         raise InputError(f"Unknown scope '{scope}'.", hint=f"Available: {', '.join(SCOPES)}.")
     for limit in limits:
         _check_reachable(groups, limit, minimum)
-    if all(limit.most >= limit.table.dense for limit in limits):
+    if all(limit.most >= limit.table.dense for limit in limits) and not minimum.left_out:
         return Search(MaskSet.ones(groups), "none", 0.0, {x.table.kind: x.table.dense for x in limits})
+    if method == "paper" and minimum.left_out:
+        raise InputError("The paper's search leaves no whole sub-layers out.", hint="Use --search exact.")
     if method == "paper" and scope == "global":
         masks, solver, gap = search_paper(groups, scores, limits, minimum), "paper", None
     else:

@@ -18,14 +18,18 @@ class Minimum:
     """Say which counts a layer may keep: at least so many units (0 = the sub-layer may go), in aligned widths.
 
     `align` asks that the kept columns of a sub-layer are a multiple of it; the full size is always allowed.
+    Groups that are `left_out` keep nothing.
     """
 
     heads: int = 1
     neurons: int = 1
     align: int = 1
+    left_out: frozenset[str] = frozenset()
 
     def counts(self, group: UnitGroup) -> np.ndarray:
         """Return the allowed counts of a group, ascending."""
+        if group.name in self.left_out:
+            return np.zeros(1, dtype=np.int64)
         least = min(self.heads if group.kind == "head" else self.neurons, group.size)
         counts = np.arange(least, group.size + 1)
         return counts[(counts * group.width % self.align == 0) | (counts == group.size)]
