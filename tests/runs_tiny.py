@@ -44,6 +44,26 @@ def checkpoint(folder: Path, head: str = "classification", family: str = "bert",
     return folder
 
 
+def image_checkpoint(folder: Path, family: str = "vit", size: int = 8, **changes: Any) -> Path:
+    """Save a stock folder of a tiny image classifier whose processor makes images of 3 x `size` x `size`."""
+    tiny_model(family, **changes).save_pretrained(folder)
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": size, "width": size}}
+    settings |= {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.4, 0.3]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def image_data(path: Path, train: int = 96, evaluation: int = 24, size: int = 8) -> Path:
+    """Write an .npz of random RGB images of three classes."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for name, count in (("train", train), ("test", evaluation)):
+        arrays[f"x_{name}"] = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+        arrays[f"y_{name}"] = rng.integers(0, 3, count)
+    np.savez(path, **arrays)
+    return path
+
+
 def sentence(rng: random.Random) -> str:
     return " ".join(rng.choices(WORDS, k=rng.randint(3, 9)))
 
