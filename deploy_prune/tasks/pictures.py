@@ -88,15 +88,24 @@ def read_pictures(data: Path, image: str | None, label: str | None) -> dict[str,
     A .npz file, parquet files, or folders with a folder a class; what is not split is split by content. `image` and
     `label` name the columns of parquet files. Raises DataError for missing, ambiguous or malformed data.
     """
-    splits = _read_folder(data, image, label) if data.is_dir() else _read_file(data, image, label)
+    return choose_splits(
+        _read_folder(data, image, label) if data.is_dir() else _read_file(data, image, label), str(data)
+    )
+
+
+def choose_splits(splits: Mapping[str, Pictures], source: str) -> dict[str, Pictures]:
+    """Return the training split and the evaluation split by their names; a single one is split by content.
+
+    Raises DataError when either is missing.
+    """
     train = next((splits[name] for name in (*TRAIN_NAMES, "") if name in splits), None)
     evaluation = next((name for name in EVALUATION_NAMES if name in splits), None)
     if train is not None and evaluation is None and len(splits) == 1:
-        parts = split_by_content([[train.digest(i)] for i in range(len(train))], str(data))
+        parts = split_by_content([[train.digest(i)] for i in range(len(train))], source)
         return {name: train.select(rows) for name, rows in zip(("train", "validation"), parts, strict=True)}
     if train is None or evaluation is None:
         raise DataError(
-            f"{data} has no {'training' if train is None else 'evaluation'} images; its splits: "
+            f"{source} has no {'training' if train is None else 'evaluation'} images; its splits: "
             f"{', '.join(splits) or 'none'}.",
             hint="Name them train and validation (or valid, val, dev, test), or leave all in one, which is then split.",
         )
@@ -104,9 +113,11 @@ def read_pictures(data: Path, image: str | None, label: str | None) -> dict[str,
 
 
 def from_dataset(dataset: Any, source: str, image: str | None, label: str | None) -> Pictures:
-    """Take the images and labels of a `datasets.Dataset`, undecoded. Raises DataError for missing columns."""
+    """Take the images and labels of a `datasets.Dataset`, undecoded. Raises DataError without a column or a row."""
     import datasets
 
+    if len(dataset) == 0:
+        raise DataError(f"{source} holds no rows.", hint="Give data with at least one image.")
     kinds = dataset.features
     own = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
     image = image or next(iter([*own, *(n for n in IMAGES if n in kinds)]), "")
@@ -214,6 +225,4 @@ def _read_parquet(paths: Sequence[Path], image: str | None, label: str | None) -
     except Exception as error:  # one of a dozen unrelated types, whose cause says more
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"Cannot read {source} as parquet: {reason[0]}", hint="Write the files again.") from error
-    if len(dataset) == 0:
-        raise DataError(f"{source} holds no rows.", hint="Give a file with at least one image.")
     return from_dataset(dataset, source, image, label)

@@ -13,8 +13,8 @@ from ..images import ImageProcessor, check_fit, image_tokens
 from .base import Row, RowOutput, Split, TaskData
 from .generic import CLASSIFICATION
 from .labels import class_ids, fold, is_generic, model_labels
-from .pictures import Pictures, from_dataset, read_pictures
-from .source import EVALUATION_NAMES, fetch, require_path
+from .pictures import Pictures, choose_splits, from_dataset, read_pictures
+from .source import fetch, require_path
 from .spec import LoadRequest, TaskSpec
 from .vision_labels import CIFAR10, CIFAR100, FASHION_MNIST, MNIST
 
@@ -90,27 +90,26 @@ def load_images(hub: str, columns: tuple[str, str], canonical: tuple[str, ...], 
     processor = _require_processor(request)
     if request.data is None and hub:
         image, label = request.text_column or columns[0], request.label_column or columns[1]
-        fetched = fetch(hub)
-        evaluation = next(name for name in EVALUATION_NAMES if name in fetched)
-        both = {n: from_dataset(fetched[n], f"{hub} {n}", image, label) for n in ("train", evaluation)}
+        splits = {n: from_dataset(found, f"{hub} {n}", image, label) for n, found in fetch(hub).items()}
+        both = choose_splits(splits, hub)
     else:
         data = require_path(request.data, request.task)
         both = read_pictures(data, request.text_column, request.label_column)
     tokens = image_tokens(request.config, processor.output_size[1:])
-    splits = {}
+    made = []
     for name, pictures in both.items():
         labels = _class_numbers(pictures, canonical, request.config)
-        splits[name] = ImageSplit(name, pictures, labels, processor, tokens)
-        splits[name].pixels(0)  # images that do not suit the model should not be found out after minutes
-    train, evaluation_split = splits.values()
+        made.append(ImageSplit(name, pictures, labels, processor, tokens))
+        made[-1].pixels(0)  # images that do not suit the model should not be found out after minutes
+    train, evaluation = made
     own = model_labels(request.config)
     data_names = next((p.names for p in both.values() if p.names), canonical)
     return TaskData(
         task=request.task,
         head="classification",
-        metric=next(iter(CLASSIFICATION)) if evaluation_split.labelled else None,
+        metric=next(iter(CLASSIFICATION)) if evaluation.labelled else None,
         train=train,
-        evals={evaluation_split.name: evaluation_split},
+        evals={evaluation.name: evaluation},
         labels=[*data_names] if data_names and is_generic(own) else own,
     )
 
