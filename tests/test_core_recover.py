@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models_tiny import FAMILIES, HEADS, padded_inputs, random_masks, tiny_model, tiny_rows
+from models_tiny import FAMILIES, HEADS, heads_of, padded_inputs, random_masks, tiny_inputs, tiny_model, tiny_rows
 from torch import Tensor, nn
 
 from deploy_prune import recover as recovery
@@ -71,6 +71,8 @@ def test_the_student_comes_closer_and_the_teacher_stays(head: Any) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("seed", range(3))
 def test_virtual_equals_sliced_whatever_was_trained(family: str, head: Any, seed: int) -> None:
+    if head not in heads_of(family):
+        pytest.skip(f"{family} models have no such head here")
     teacher, student, plan = pair(head, family, seed)
     groups = arch_of(teacher).groups(teacher)
     generator = torch.Generator().manual_seed(seed)
@@ -80,7 +82,7 @@ def test_virtual_equals_sliced_whatever_was_trained(family: str, head: Any, seed
     untouched = weights_of(teacher)
     made = make_variants(teacher, groups, plan, {}, recovered=student)
     with torch.inference_mode():
-        outputs = {name: Head(head).outputs(m, padded_inputs(seed)) for name, m in made.items().items()}
+        outputs = {name: Head(head).outputs(m, tiny_inputs(family, seed)) for name, m in made.items().items()}
     for name, expected in outputs["sliced"].items():
         assert (outputs["virtual"][name] - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
         assert (outputs["dense"][name] - expected).abs().max() > 1e-3
