@@ -1,111 +1,48 @@
-"""Image data: where they may lie, which class of the model each label is, what is refused."""
+"""Image tasks: the same rows however the images lie, which class of the model each label is, scores."""
 
 from __future__ import annotations
 
-import io
 import os
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import transformers
+from pictures_tiny import (
+    NAMES,
+    SIZE,
+    TEST,
+    TEST_LABELS,
+    TRAIN,
+    TRAIN_LABELS,
+    WRITERS,
+    config,
+    dataset,
+    images,
+    load,
+    npz,
+    write_folders,
+    write_npz,
+    write_raw_parquet,
+    write_two_npz,
+)
 from PIL import Image
 from tasks_tiny import tiny_config
 
 from deploy_prune import tasks
 from deploy_prune.errors import DataError, InputError
 from deploy_prune.images import ImageProcessor
-from deploy_prune.tasks import arrays
-from deploy_prune.tasks.pictures import read_pictures
 from deploy_prune.tasks.vision_labels import CIFAR10, CIFAR100
-
-SIZE = 4
-NAMES = ("cat", "dog", "eel")
-
-
-def config(names: int | Sequence[str] = NAMES, **extra: Any) -> SimpleNamespace:
-    return tiny_config("ImageClassification", names, model_type="vit", image_size=SIZE, patch_size=2, **extra)
-
-
-def load(data: Path | None, task: str = "image-classification", names: int | Sequence[str] = NAMES, **options: Any):
-    processor = ImageProcessor((3, SIZE, SIZE), scale=1 / 255)
-    return tasks.load_task(task, config=config(names), processor=processor, data=data, **options)
-
-
-def images(count: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
-
-
-TRAIN, TEST = images(6), images(3, 1)
-TRAIN_LABELS, TEST_LABELS = [0, 1, 2, 0, 1, 2], [2, 1, 0]
-
-
-def write_npz(folder: Path) -> Path:
-    np.savez_compressed(
-        folder / "a.npz", x_train=TRAIN, y_train=TRAIN_LABELS, x_test=TEST, y_test=TEST_LABELS, classes=NAMES
-    )
-    return folder / "a.npz"
-
-
-def write_two_npz(folder: Path) -> Path:
-    np.savez(folder / "train.npz", images=TRAIN, labels=np.array(TRAIN_LABELS)[:, None])
-    np.savez(folder / "test.npz", images=TEST, labels=[NAMES[i] for i in TEST_LABELS])
-    return folder
-
-
-def write_folders(folder: Path) -> Path:
-    for split, pixels, labels in (("train", TRAIN, TRAIN_LABELS), ("test", TEST, TEST_LABELS)):
-        for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
-            path = folder / split / NAMES[label] / "deep" / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
-    (folder / "train" / "notes.txt").write_text("not an image")
-    return folder
-
-
-def encoded(pixels: np.ndarray) -> list[bytes]:
-    files = []
-    for image in pixels:
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "PNG")
-        files.append(buffer.getvalue())
-    return files
-
-
-def dataset(pixels: np.ndarray, labels: Sequence[Any], image: str = "image", label: str = "label") -> datasets.Dataset:
-    features = datasets.Features({image: datasets.Image(), label: datasets.ClassLabel(names=[*NAMES])})
-    rows = [{"bytes": content, "path": None} for content in encoded(pixels)]
-    return datasets.Dataset.from_dict({image: rows, label: [*labels]}, features=features)
-
-
-def write_parquet(folder: Path) -> Path:
-    """Write parquet files as `datasets` does: a record for each image, names of the classes, several files."""
-    dataset(TRAIN[:4], TRAIN_LABELS[:4]).to_parquet(folder / "train-00000-of-00002.parquet")
-    dataset(TRAIN[4:], TRAIN_LABELS[4:]).to_parquet(folder / "train-00001-of-00002.parquet")
-    dataset(TEST, TEST_LABELS).to_parquet(folder / "test-00000-of-00001.parquet")
-    return folder
-
-
-def write_raw_parquet(folder: Path) -> Path:
-    """Write parquet files with nothing but bytes and numbers."""
-    for name, pixels, labels in (("train", TRAIN, TRAIN_LABELS), ("test", TEST, TEST_LABELS)):
-        datasets.Dataset.from_dict({"img": encoded(pixels), "class": labels}).to_parquet(folder / f"{name}.parquet")
-    return folder
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-WRITERS = [write_npz, write_two_npz, write_folders, write_parquet, write_raw_parquet]
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -224,100 +161,6 @@ def test_known_data_sets_come_from_the_hub(monkeypatch, task, path, columns, eva
     )
 
 
-class Touch:
-    """Note that it was unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
-
-
-def test_nothing_is_unpickled(tmp_path: Path) -> None:
-    evil = np.array([Touch(tmp_path / "touched")] * 3, dtype=object)
-    np.savez(tmp_path / "a.npz", x_train=evil, y_train=[0, 1, 2])
-    with pytest.raises(DataError, match="pickled"):
-        load(tmp_path / "a.npz")
-    assert not (tmp_path / "touched").exists()
-
-
-def test_an_array_that_claims_too_much_is_not_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": (10**9, 1000, 1000)})
-    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
-        archive.writestr("images.npy", buffer.getvalue() + b"few")
-    with pytest.raises(DataError, match="broken"):
-        load(tmp_path / "a.npz")
-    monkeypatch.setattr(arrays, "MAX_BYTES", 100)
-    with pytest.raises(DataError, match="of memory"):
-        load(write_npz(tmp_path))
-
-
-def npz(**contents: Any) -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        np.savez(folder / "a.npz", **contents)
-        return folder / "a.npz"
-
-    return write
-
-
-def folders(*files: str) -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        for name in files:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(TRAIN[0]).save(folder / name)
-        return folder
-
-    return write
-
-
-def parquet(**columns: Any) -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        datasets.Dataset.from_dict(columns).to_parquet(folder / "a.parquet")
-        return folder / "a.parquet"
-
-    return write
-
-
-def file(name: str, content: bytes) -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        (folder / name).write_bytes(content)
-        return folder / name
-
-    return write
-
-
-@pytest.mark.parametrize(
-    ("write", "words"),
-    [
-        (npz(y=[1]), ("no array of images", "y.npy", "x_train")),
-        (npz(x=TRAIN, images=TRAIN), ("x.npy", "images.npy", "both")),
-        (npz(x=TRAIN.astype(np.float32), y=TRAIN_LABELS), ("float32", "uint8")),
-        (npz(x=np.zeros((6, 3, 5, 5), np.uint8), y=TRAIN_LABELS), ("(6, 3, 5, 5)", "last")),
-        (npz(x_train=TRAIN, y_train=[0, 1], x_test=TEST, y_test=TEST_LABELS), ("(2,)", "6 images")),
-        (npz(x_train=TRAIN, y_train=[0.5] * 6, x_test=TEST), ("float64",)),
-        (npz(x_test=TEST, y_test=TEST_LABELS), ("no training images", "test")),
-        (npz(x=TRAIN[:1], y=[0]), ("cannot be split",)),
-        (file("a.npz", b"not a zip"), ("not a readable .npz",)),
-        (file("a.txt", b"x"), ("known kind", ".npz")),
-        (file("a.parquet", b"x"), ("Cannot read", "a.parquet")),
-        (folders(), ("no images", "folder of its own")),
-        (folders("train/cat/a.png"), ("cannot be split",)),
-        (folders("train/cat/a.png", "train/b.png", "val/cat/a.png"), ("beside",)),
-        (folders("val/cat/a.png", "test/cat/b.png"), ("no training images",)),
-        (parquet(text=["a"], label=[0]), ("no column of images", "text, label", "--text-column")),
-        (parquet(image=["a"] * 20, label=[0] * 20), ("image 1", "str")),
-        (parquet(image=encoded(TRAIN)[:1], label=[0]), ("cannot be split",)),
-    ],
-)  # fmt: skip
-def test_data_that_are_refused(tmp_path: Path, write: Callable[[Path], Path], words: tuple[str, ...]) -> None:
-    with pytest.raises(DataError) as caught:
-        load(write(tmp_path))
-    for word in words:
-        assert word in str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("names", "model", "words"),
     [
@@ -392,18 +235,6 @@ def test_ten_thousand_images_are_rows_without_pixels(tmp_path: Path) -> None:
     assert sum(row.length for row in rows) == 5 * count
     assert len(calls) == 2  # the first image of each split
     assert rows[-1].features["pixel_values"].shape == (3, SIZE, SIZE)
-
-
-def test_columns_of_parquet_files_can_be_named(tmp_path: Path) -> None:
-    rows = {"a": encoded(TRAIN), "b": encoded(TRAIN[::-1]), "n": TRAIN_LABELS, "label": [0] * 6}
-    for name in ("train", "dev"):
-        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / f"{name}.parquet")
-    splits = read_pictures(tmp_path, "b", "n")
-    assert list(splits) == ["train", "dev"]
-    assert splits["train"].labels == TRAIN_LABELS
-    np.testing.assert_array_equal(np.asarray(splits["train"].decode(0)), TRAIN[5])
-    with pytest.raises(DataError, match="no column 'm'"):
-        read_pictures(tmp_path, "b", "m")
 
 
 DATA = os.environ.get("DEPLOY_PRUNE_DATA", "")
