@@ -97,7 +97,10 @@ def load_processor(source: str, config: Any) -> Any:
     """Load the tokenizer or image processor of a checkpoint, from a hub id or a local folder."""
     if not takes_images(config):
         return transformers.AutoTokenizer.from_pretrained(source)
-    processor = ImageProcessor.from_folder(Path(transformers.utils.cached_file(source, SETTINGS)).parent)
+    path = transformers.utils.cached_file(source, SETTINGS)
+    if path is None:
+        raise InputError(f"{source} has no {SETTINGS}.", hint="Save the image processor with the model.")
+    processor = ImageProcessor.from_folder(Path(path).parent)
     check_fit(processor, config)
     return processor
 

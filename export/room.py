@@ -312,8 +312,10 @@ class Workshop:
 
 def _check_length(bundle: Bundle, options: Options) -> None:
     """Raise InputError for shapes longer than the model has positions for, or other than its images'."""
-    for batch, length in filter(None, (options.shape, options.profile and options.profile.largest)):
-        Signature.of_manifest(bundle.manifest.model).shape(batch, length)
+    signature = Signature.of_manifest(bundle.manifest.model)
+    for shape in [options.shape, options.profile.largest if options.profile else None]:
+        if shape is not None:
+            signature.check_length(shape[1])
     config = json.loads(bundle.path("sliced/config.json").read_text("utf-8"))
     limit, lengths = config.get("max_position_embeddings"), [s[1] for s in (options.shape,) if s]
     lengths += [options.profile.largest[1]] if options.profile else []
