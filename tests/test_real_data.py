@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -129,3 +130,29 @@ def test_other_tasks_run_on_real_files(task: str, tmp_path: Path) -> None:
     )
     assert made.manifest.quality["sliced"]["n"] >= 400
     assert made.manifest.fidelity["sliced_to_virtual"]["max_abs"] <= 1e-4
+
+
+def test_half_of_a_vision_transformer_is_sliced_exactly(tmp_path: Path) -> None:
+    with np.load(ROOT / "data" / "vision" / "fashion_mnist.npz", allow_pickle=False) as whole:
+        part = {name: whole[name][: 3000 if name.endswith("train") else 2000] for name in whole.files}
+    np.savez(tmp_path / "fashion.npz", **part)
+    made = run(
+        load_recipe(
+            model=str(ROOT / "checkpoints" / "vit-fashion"),
+            task="fashion_mnist",
+            data=str(tmp_path / "fashion.npz"),
+            samples=512,
+            formats=("onnx",),
+            out=str(tmp_path / "b"),
+        ),
+        bench=False,
+    )
+    manifest = made.manifest
+    assert manifest.model["tokens"] == manifest.budget["seq_len"] == 50
+    assert manifest.counts["sliced"]["encoder_flops"] <= 0.5 * manifest.counts["dense"]["encoder_flops"]
+    assert manifest.fidelity["sliced_to_virtual"]["max_abs"] <= 1e-5
+    assert manifest.fidelity["sliced_to_virtual"]["agreement"] == 1.0
+    dense, sliced = (manifest.quality[name]["value"] for name in ("dense", "sliced"))
+    assert dense == pytest.approx(0.83, abs=0.02)
+    assert sliced > dense - 0.01
+    assert [a.parity.status for a in manifest.artifacts] == ["passed"] * 3
