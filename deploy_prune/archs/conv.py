@@ -30,7 +30,7 @@ class Layer:
     positions: int  # at which it is evaluated, per sample
     spread: int  # input features per channel
     taps: int
-    depthwise: bool
+    grouped: bool
     bias: bool
     norm: str
     reads: str

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from ..units import Reader
 
-LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LINEAR = (nn.Linear, nn.Conv2d)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Site:
     positions: int  # at which it is evaluated, per sample
     spread: int = 1
     taps: int = 1
-    depthwise: bool = False
+    grouped: bool = False
     bias: bool = False
     norm: str = ""
     partner: str = ""
@@ -157,7 +157,7 @@ class Dataflow:
         spread = layout.spread if layout else 1
         site = Site(
             path, node.name, x.name, node.name, inputs // groups // spread, outputs, _positions(shape, outputs),
-            spread, taps, depthwise=groups > 1, bias=module.bias is not None,
+            spread, taps, grouped=groups > 1, bias=module.bias is not None,
         )  # fmt: skip
         _look_behind(site, node, self)
         self.sites.append(site)
@@ -372,11 +372,11 @@ _ELEMENTWISE = {
 }  # fmt: skip
 _SPATIAL = {
     *("max_pool2d", "max_pool2d_with_indices", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d"),
-    *("adaptive_max_pool2d", "max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "upsample_nearest2d"),
+    *("adaptive_max_pool2d", "upsample_nearest2d"),
     *("upsample_bilinear2d",),
 }
 _RULES: Mapping[str, Callable[[Dataflow, Node], None]] = {
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "linear"), Dataflow._conv),
+    **dict.fromkeys(("conv2d", "convolution", "linear"), Dataflow._conv),
     **dict.fromkeys(_NORMS, Dataflow._batch_norm),
     **dict.fromkeys(("mean", "sum", "amax"), Dataflow._reduce),
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "squeeze", "unsqueeze"), Dataflow._reshape),
