@@ -68,12 +68,12 @@ def calibrate_channels(
                 if label_free:
                     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
                     detached = {k: v.detach() for k, v in outputs.items()}
-                    labels = head.draw_labels(detached, _all_ones(batch), generator)
+                    labels = head.draw_labels(detached, batch.mask, generator)
                 elif batch.labels is None:
                     raise InputError("Some calibration images have no label.", hint="Use label-free calibration.")
                 else:
                     labels = batch.labels
-                loss = head.loss(outputs, labels, _all_ones(batch))  # (B,)
+                loss = head.loss(outputs, labels, batch.mask)  # (B,)
                 grads = torch.autograd.grad(loss.sum(), [masks[g.name] for g in graph.groups])
             for g, grad in zip(graph.groups, grads, strict=True):
                 gradients[g.name].index_copy_(0, index, grad.float())
@@ -94,11 +94,6 @@ def calibrate_channels(
         sample_hash=sample_hash,
         label_free=label_free,
     )
-
-
-def _all_ones(batch: Batch) -> Tensor:
-    (images,) = batch.inputs.values()
-    return torch.ones(len(images), 1, dtype=torch.long, device=images.device)
 
 
 def _mask_hook(mask: Tensor, spread: int, squares: Tensor) -> Callable[..., tuple[Any, ...]]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .archs.conv import ChannelGraph
-from .errors import UnsupportedModelError
 from .channel_masking import mask_channels, write_projection
+from .errors import UnsupportedModelError
 from .masking import Updates
 from .modeling_sliced import resize
 from .units import ChannelGroup, MaskSet, SlicePlan

@@ -10,8 +10,8 @@ from torch import nn
 
 from deploy_prune.archs.conv import ChannelGraph, trace_channels
 from deploy_prune.channel_costs import channel_flops, channel_params, counts_of
-from deploy_prune.channel_slicing import prove, slice_channels
 from deploy_prune.channel_masking import mask_channels
+from deploy_prune.channel_slicing import prove, slice_channels
 from deploy_prune.masking import OutputWeights
 from deploy_prune.runtime_bench.flops import count_torch
 from deploy_prune.units import MaskSet, SlicePlan

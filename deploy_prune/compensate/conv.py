@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..archs.conv import ChannelGraph, Layer
 from ..channel_calibration import by_position
+from ..channel_masking import read_projection, write_projection
 from ..graph_runner import DEFAULT_CACHE_BYTES, GraphRunner
-from ..masking import OutputWeights, read_projection, write_projection
+from ..masking import OutputWeights
 from ..moments import Moments
 from ..patches import patches
 from ..progress import Progress
