@@ -46,6 +46,8 @@ def slice_channels(model: nn.Module, graph: ChannelGraph, plan: SlicePlan, updat
         write_projection(sliced, graph.layer(path), new)
     if hasattr(sliced, "config"):
         sliced.config.deploy_prune = spec  # type: ignore[union-attr]
+    else:
+        sliced.deploy_prune = spec  # type: ignore[assignment]
     return sliced.eval()
 
 

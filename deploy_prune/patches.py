@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+MOST_POSITIONS = 256  # of an image, at which a layer's statistics are taken
 
 
 def patches(module: Any, x: Tensor) -> Tensor:
@@ -23,3 +26,13 @@ def patches(module: Any, x: Tensor) -> Tensor:
         return x.flatten(2).transpose(1, 2)
     columns = F.unfold(x, module.kernel_size, dilation=module.dilation, stride=module.stride)
     return columns.transpose(1, 2)
+
+
+def some_positions(count: int, seed: int, most: int = MOST_POSITIONS) -> Tensor:
+    """Return the positions (at most `most`, ascending) of a map with `count` that statistics are taken at.
+
+    Neighbours say nearly the same: many images at some positions are worth more than few at all of them.
+    """
+    if count <= most:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].sort().values

@@ -95,7 +95,7 @@ class ResNet(nn.Module):
             blocks = []
             for index in range(depth):
                 blocks.append(block(inputs, width, 2 if number and not index else 1))
-                inputs = width * block.expansion  # type: ignore[operator]
+                inputs = width * blocks[-1].expansion  # type: ignore[operator]
             self.add_module(f"layer{number + 1}", nn.Sequential(*blocks))
         self.stages = len(widths)
         self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(inputs, classes)

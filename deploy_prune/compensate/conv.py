@@ -15,7 +15,7 @@ from ..channel_masking import read_projection, write_projection
 from ..graph_runner import DEFAULT_CACHE_BYTES, GraphRunner
 from ..masking import OutputWeights
 from ..moments import Moments
-from ..patches import patches
+from ..patches import patches, some_positions
 from ..progress import Progress
 from ..units import Reader, SlicePlan
 from .layers import HELD_OUT_EVERY, GroupLog, SweepResult
@@ -32,6 +32,7 @@ def sweep_channels(
     solver: Solver,
     saliency: Mapping[str, Tensor] | None = None,
     *,
+    teacher: nn.Module | None = None,
     only_cut: bool = False,
     progress: Progress = lambda share: None,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
@@ -42,10 +43,11 @@ def sweep_channels(
     is added to it there, less what is added to it here: y = z_T + r_T - r_S. All layers from the first cut on are
     refitted, since what they read has changed; `only_cut` leaves it at those that lost inputs. `feeds` are batches of
     images, `index` their rows in `saliency` (rows, positions), by which a part of the positions' weight is dealt out.
-    The pruned copy keeps the dense shapes: its cut channels are computed and read by nothing.
+    The pruned copy keeps the dense shapes: its cut channels are computed and read by nothing. `teacher` is followed in
+    the dense model's place; it has the same shapes.
     """
     student = ignoring(model, graph, plan)
-    teacher_runs = GraphRunner(model, graph.program, feeds, cache_bytes // 2)
+    teacher_runs = GraphRunner(teacher or model, graph.program, feeds, cache_bytes // 2)
     student_runs = GraphRunner(student, graph.program, feeds, cache_bytes // 2)
     result = SweepResult({}, {}, [])
     todo = refittable(graph, plan, only_cut)
@@ -62,8 +64,9 @@ def sweep_channels(
             weights = position_weights(
                 y, None if felt is None else felt[torch.tensor(index[batch])], solver.salient_share
             )
+            at = some_positions(y.shape[1], batch)
             out = held is not None and batch % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-            (held if out and held is not None else fit).add(site.patches(x), y, weights)
+            (held if out and held is not None else fit).add(site.patches(x)[:, at], y[:, at], weights[:, at])
         site.solve(solver, fit, held, result)
         progress((number + 1) / len(todo))
     result.state_bytes = teacher_runs.kept_bytes + student_runs.kept_bytes
