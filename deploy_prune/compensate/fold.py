@@ -38,7 +38,8 @@ def fold_channels(model: nn.Module, graph: ChannelGraph, plan: SlicePlan, runner
         kept = torch.tensor(plan[group.name].kept, device=runner.device)
         second = channel_moments(runner, layer.source, group)
         inner = second[kept][:, kept]
-        inner = inner + RIDGE * inner.diagonal().mean() * torch.eye(len(kept), dtype=inner.dtype, device=inner.device)
+        size = float(inner.diagonal().mean()) or 1.0  # all kept channels dead
+        inner = inner + RIDGE * size * torch.eye(len(kept), dtype=inner.dtype, device=inner.device)
         fold = torch.linalg.solve(inner, second[kept]).T  # (H, P)
         old = read_projection(model, layer)
         weight = old.weight.reshape(len(old.weight), group.size, layer.width)

@@ -115,9 +115,12 @@ def _check_reachable(groups: Sequence[Units], limit: Limit, minimum: Minimum) ->
     else:
         value = float(np.ceil(1e4 * smallest / table.dense) / 1e4)
         asked, reachable = f"{limit.keep:g}", f"{value:.4f}"
+    least = f"{minimum.heads} head(s) and {minimum.neurons} neuron(s) per layer"
+    hint = "Ask for more, or allow empty sub-layers with --min-heads 0 --min-neurons 0."
+    if all(g.kind == "channel" for g in groups):
+        least, hint = "the least channels of each group", "Ask for more, or let residual streams be cut too."
     raise InfeasibleBudgetError(
-        f"{NAMES[table.kind]} {asked} is infeasible: with at least {minimum.heads} head(s) and {minimum.neurons}"
-        f" neuron(s) per layer the smallest reachable is {reachable}.",
+        f"{NAMES[table.kind]} {asked} is infeasible: with at least {least} the smallest reachable is {reachable}.",
         smallest=value,
-        hint="Ask for more, or allow empty sub-layers with --min-heads 0 --min-neurons 0.",
+        hint=hint,
     )
