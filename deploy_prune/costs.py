@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -66,15 +66,69 @@ class CostTable:
 
 
 @dataclass(frozen=True)
+class ProductTable:
+    """Say what keeping n channels of every group costs: base + sum a_g n_g + sum b_gh n_g n_h.
+
+    `kind` is flops (of one image), params or bytes. The whole model is counted, with what cannot be cut.
+    """
+
+    kind: str
+    sizes: Mapping[str, int]
+    base: float = 0.0
+    single: dict[str, float] = field(default_factory=dict)
+    double: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    def cost(self, counts: Mapping[str, int]) -> float:
+        """Return the cost of a plan with these counts."""
+        return (
+            self.base
+            + sum(a * counts[g] for g, a in self.single.items())
+            + sum(b * counts[g] * counts[h] for (g, h), b in self.double.items())
+        )
+
+    @property
+    def dense(self) -> float:
+        """Return the cost of the dense model."""
+        return self.cost(self.sizes)
+
+    @property
+    def additive(self) -> bool:
+        """Say whether no two groups meet in one layer."""
+        return not self.double
+
+    def around(self, counts: Mapping[str, int]) -> CostTable:
+        """Return the additive table that is exact where only one group departs from these counts."""
+        groups = {g: self._alone(g, counts) * np.arange(n + 1.0) for g, n in self.sizes.items()}
+        squares = {g: b for (g, h), b in self.double.items() if g == h}
+        for g, b in squares.items():
+            groups[g] = groups[g] + b * np.arange(self.sizes[g] + 1.0) ** 2
+        return CostTable(self.kind, groups, self.cost(counts) - sum(float(c[counts[g]]) for g, c in groups.items()))
+
+    def _alone(self, group: str, counts: Mapping[str, int]) -> float:
+        """Return what a channel of a group costs at the others' counts, without its product with its own group."""
+        found = self.single.get(group, 0.0)
+        for (g, h), b in self.double.items():
+            if g != h and group in (g, h):
+                found += b * counts[h if g == group else g]
+        return found
+
+    def scaled(self, kind: str, factor: float) -> ProductTable:
+        """Return the table in another unit."""
+        single = {g: factor * a for g, a in self.single.items()}
+        double = {pair: factor * b for pair, b in self.double.items()}
+        return ProductTable(kind, self.sizes, factor * self.base, single, double)
+
+
+@dataclass(frozen=True)
 class Limit:
     """Bind one cost to at most `most`, in the table's unit; `keep` is that share of the dense cost."""
 
-    table: CostTable
+    table: CostTable | ProductTable
     most: float
     keep: float
 
     @classmethod
-    def share(cls, table: CostTable, keep: float) -> Limit:
+    def share(cls, table: CostTable | ProductTable, keep: float) -> Limit:
         """Allow a share of the dense cost, rounded down to whole FLOPs, parameters or bytes."""
         most = keep * table.dense
         whole = table.kind != "latency"

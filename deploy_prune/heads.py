@@ -32,10 +32,14 @@ class Head:
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the model on inputs (B, T) and return its named outputs."""
+        if not hasattr(model, "config"):  # a plain module: its inputs have names of its own
+            return self.read(model(*batch.values()), batch)
         return self.read(model(**batch), batch)
 
     def read(self, out: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the named outputs of what a model gave for inputs (B, T)."""
+        if isinstance(out, Tensor):
+            return {self.output_names[0]: out}
         if self.kind == "qa":
             return {"start_logits": out.start_logits, "end_logits": out.end_logits}
         if self.kind == "embedding":

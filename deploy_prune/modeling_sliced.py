@@ -1,4 +1,4 @@
-"""Rebuild a sliced model: the stock transformers class with smaller Linears, as config.deploy_prune says.
+"""Rebuild a sliced model: the stock class with smaller Linears or convolutions, as its spec (config.deploy_prune) says.
 
 This file travels with every sliced checkpoint, so that
 `AutoModelFor....from_pretrained(folder, trust_remote_code=True)` works without the package that cut it.
@@ -55,7 +55,10 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def resize(model: nn.Module, spec: dict[str, Any]) -> None:
-    """Give every sub-layer of a stock model the sizes that the spec names; the weights are left unset."""
+    """Give every module of a stock model the sizes that the spec names; the weights are left unset."""
+    if "channels" in spec:
+        resize_channels(model, spec["channels"])
+        return
     if spec.get("drop_pooler"):
         model.register_module("pooler", None)
     for group in spec["groups"]:
@@ -93,3 +96,93 @@ def _resize_group(model: nn.Module, group: dict[str, Any], select_heads: str) ->
                 setattr(core, name, count * width)
         if select_heads:
             core.register_forward_pre_hook(KeepHeads(core, select_heads, group["kept"]), with_kwargs=True)
+
+
+class Blank(nn.Module):
+    """Stand for a convolution or Linear without outputs: one channel of zeros, of the shape that it would give."""
+
+    def __init__(self, old: nn.Module) -> None:
+        super().__init__()
+        self.spatial = _Spatial(old)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(self.spatial.shape(x, 1))
+
+
+class Constant(nn.Module):
+    """Stand for a convolution or Linear that reads nothing: it gives its bias (d,), or zeros, at every position."""
+
+    def __init__(self, old: Any, features: int) -> None:
+        super().__init__()
+        self.spatial, self.features = _Spatial(old), features
+        bias = None if old.bias is None else nn.Parameter(old.bias.new_zeros(features), requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = self.spatial.shape(x, self.features)
+        if self.bias is None:
+            return x.new_zeros(shape)
+        after = len(self.spatial.kernel)  # axes behind the channels
+        return self.bias.reshape(-1, *[1] * after).expand(shape)
+
+
+class _Spatial:
+    """Tell the shape of a convolution's or Linear's output (B, d, H, W) or (B, ..., d)."""
+
+    def __init__(self, old: Any) -> None:
+        self.kernel = getattr(old, "kernel_size", ())
+        self.stride, self.dilation = getattr(old, "stride", ()), getattr(old, "dilation", ())
+        padding = getattr(old, "padding", ())
+        self.same = padding == "same"
+        self.padding = (0,) * len(self.kernel) if isinstance(padding, str) else padding
+
+    def shape(self, x: Tensor, features: int) -> tuple[int, ...]:
+        if not self.kernel:
+            return (*x.shape[:-1], features)
+        rank = len(self.kernel)
+        sizes = zip(x.shape[-rank:], self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        found = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+        return (x.shape[0], features, *(x.shape[-rank:] if self.same else found))
+
+
+def resize_channels(model: nn.Module, spec: dict[str, Any]) -> None:
+    """Give convolutions, Linears and batch norms the `inputs` and `outputs` named by path.
+
+    Where a count is 0 a Blank stands for what makes nothing and a Constant for what reads nothing.
+    """
+    inputs, outputs = spec["inputs"], spec["outputs"]
+    for path in sorted({*inputs, *outputs}):
+        old: Any = model.get_submodule(path)
+        made = outputs.get(path, getattr(old, "out_channels", getattr(old, "out_features", None)))
+        model.set_submodule(path, _resized(old, inputs.get(path), made))
+
+
+def _resized(old: Any, read: int | None, made: int) -> nn.Module:
+    norm = isinstance(old, nn.modules.batchnorm._BatchNorm)
+    if made == 0:
+        return nn.Identity() if norm else Blank(old)
+    if read == 0:
+        return Constant(old, made)
+    like: dict[str, Any] = {"dtype": torch.float32}
+    for tensor in (*old.parameters(), *old.buffers()):
+        if tensor.is_floating_point():
+            like = {"dtype": tensor.dtype, "device": tensor.device}
+    if norm:
+        new = type(old)(made, old.eps, old.momentum, old.affine, old.track_running_stats, **like)
+    elif isinstance(old, nn.Linear):
+        new = nn.Linear(old.in_features if read is None else read, made, bias=old.bias is not None, **like)
+    else:
+        depthwise = old.groups > 1
+        new = type(old)(
+            made if depthwise else old.in_channels if read is None else read,
+            made,
+            old.kernel_size,
+            old.stride,
+            old.padding,
+            old.dilation,
+            made if depthwise else 1,
+            old.bias is not None,
+            old.padding_mode,
+            **like,
+        )
+    return new.train(old.training)

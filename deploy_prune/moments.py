@@ -73,6 +73,13 @@ class Moments:
         total._sums = {name: getattr(self, name) + getattr(other, name) for name in self._sums}
         return total
 
+    def uncentred(self) -> Moments:
+        """Return the moments by which a fit gets no intercept: those of means that are 0."""
+        total = Moments(self.hh.shape[0], self.yh.shape[0], self.hh.device)
+        total._sums = {name: getattr(self, name) for name in self._sums}
+        total._sums |= {"h": torch.zeros_like(self.h), "y": torch.zeros_like(self.y)}
+        return total
+
     def residual(self, weight: Tensor, bias: Tensor) -> Tensor:
         """Return sum |W h + b - y|^2 for weight (d, n) and bias (d,), as a tensor ()."""
         w, b = weight.double(), bias.double()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .archs import check_config
+from .archs import check_config, is_convolutional
 from .batches import Batches
 from .calibration import CalibrationStats, calibrate, check_finite
 from .compensate import Solver, SweepResult, get_solver, sweep
@@ -30,7 +30,7 @@ from .slicing import slice_model
 from .stages import DTYPES, REFITS, Options, PrunedPlan, Recorder
 from .tasks.base import Row
 from .teacher import Teacher, state_bytes
-from .units import GroupPlan, SlicePlan, UnitGroup
+from .units import GroupPlan, SlicePlan, Units
 
 
 class Pruner:
@@ -40,6 +40,8 @@ class Pruner:
     the dense model that the refit follows.
     """
 
+    graph: Any = None  # of a convolutional network
+
     def __init__(
         self,
         model: nn.Module,
@@ -47,16 +49,30 @@ class Pruner:
         rows: Sequence[Row],
         *,
         pad_id: int = 0,
+        residual: bool = False,
         reporter: Reporter | None = None,
     ) -> None:
-        self.model, self.head, self.rows, self.pad_id = model, head, rows, pad_id
+        self.model, self.head, self.rows, self.pad_id, self.residual = model, head, rows, pad_id, residual
         self.reporter = reporter or Silent()
-        self.groups = check_config(model.config).groups(model)
         self.batches = Batches(rows, head, pad_id)
         self.device = next(model.parameters()).device
+        self.groups = self.find_groups()
         self._calibrated: dict[tuple[Any, ...], tuple[CalibrationStats, dict[str, Any]]] = {}
         self._scored: dict[tuple[Any, ...], tuple[Scores, dict[str, Any]]] = {}
         self._dense: Teacher | None = None
+
+    def find_groups(self) -> tuple[Any, ...]:
+        """Return what can be cut."""
+        return check_config(self.model.config).groups(self.model)
+
+    def limits(self, budget: Budget, seq_len: int) -> list[Limit]:
+        """Return one limit per bound cost."""
+        return budget.limits(self.groups, seq_len, sum(p.numel() for p in self.model.parameters()))
+
+    def check(self, options: Options) -> None:
+        """Refuse options before anything is computed. Raises InputError."""
+        if options.compensate != "none":
+            get_solver(options.compensate)
 
     def prune(self, budget: Budget, options: Options | None = None) -> PrunedPlan:
         """Calibrate, score, search, rearrange and compensate on the model's device; the model is not changed.
@@ -66,20 +82,19 @@ class Pruner:
         asked = options or Options()
         options = asked.resolved(self.groups)
         criterion = get_criterion(options.criterion)
-        if options.compensate != "none":
-            get_solver(options.compensate)  # an unknown one is refused before anything is computed
+        self.check(options)
         recorder = Recorder(self.device)
         stats = self._calibrate(options, criterion, recorder)
         scores = self._score(options, criterion, stats, recorder)
         seq_len = budget.seq_len or math.ceil(np.mean([r.length for r in self.rows]))
-        limits = budget.limits(self.groups, seq_len, sum(p.numel() for p in self.model.parameters()))
+        limits = self.limits(budget, seq_len)
 
         options = self._leave_out(options, recorder)
         if options.steps > 1 and stats is not None:
             scores = self._renew(scores, stats, limits, options, recorder)
 
         with recorder.stage("search") as record, self.reporter.stage("search"):
-            found = _search(self.groups, scores, limits, options)
+            found = search_units(self.groups, scores, limits, options)
             masks = found.masks
             plan = SlicePlan.from_masks(self.groups, masks)
             kept = sum(float(scores[g.name][list(plan[g.name].kept)].sum()) for g in self.groups)
@@ -110,12 +125,12 @@ class Pruner:
                 }
 
         reached = [_reached(limit, found) for limit in limits]
-        result = PrunedPlan(plan, self.groups, seq_len, reached, stages=recorder.records)
+        result = PrunedPlan(plan, self.groups, seq_len, reached, stages=recorder.records, graph=self.graph)
         if options.compensate == "none" or stats is None:
             recorder.skip("compensate", "switched off")
         else:
             with recorder.stage("compensate") as record, self.reporter.stage("compensate") as progress:
-                student, swept = self._compensate(plan, scores, stats, limits, options, progress)
+                student, swept = self.compensate(plan, scores, stats, limits, options, progress)
                 result.updates = swept.updates
                 result.plan = with_scales(plan, swept.scales)
                 result.sliced = student
@@ -139,7 +154,7 @@ class Pruner:
             recorder.repeat(known[1])
             return known[0]
         with recorder.stage("calibrate") as record, self.reporter.stage("calibrate") as progress:
-            stats = self._statistics(self.model, options, criterion, progress)
+            stats = self.statistics(self.model, options, criterion, progress)
             record |= {
                 "samples": len(self.rows),
                 "sample_hash": stats.sample_hash,
@@ -160,7 +175,7 @@ class Pruner:
             recorder.repeat(self._scored[key][1])
             return self._scored[key][0]
         with recorder.stage("score") as record, self.reporter.stage("score") as progress:
-            scores = criterion(self._evidence(self.model, options, stats, progress))
+            scores = criterion(self.evidence(self.model, options, stats, progress))
             record |= {"criterion": options.criterion, "data_free": criterion.data_free}
         self._scored[key] = scores, record
         return scores
@@ -185,7 +200,7 @@ class Pruner:
             record |= found.record(min(options.depth.rows, len(self.rows)))
         return replace(options, left_out=tuple(found.names))
 
-    def _compensate(
+    def compensate(
         self,
         plan: SlicePlan,
         scores: Scores,
@@ -219,21 +234,21 @@ class Pruner:
             with recorder.stage(f"step {step}") as record, self.reporter.stage(f"step {step}") as progress:
                 done = 1 - (1 - step / options.steps) ** 3
                 partly = [Limit.share(x.table, 1 - (1 - x.keep) * done) for x in limits]
-                plan = SlicePlan.from_masks(self.groups, _search(self.groups, scores, partly, options).masks)
+                plan = SlicePlan.from_masks(self.groups, search_units(self.groups, scores, partly, options).masks)
                 updates = {}
                 if options.compensate != "none":
-                    swept = self._compensate(plan, scores, stats, partly, options, lambda share: progress(share / 2))
+                    swept = self.compensate(plan, scores, stats, partly, options, lambda share: progress(share / 2))
                     plan, updates = with_scales(plan, swept[1].scales), swept[1].updates
                 masked = mask_model(self.model, self.groups, plan, updates)
-                fresh = self._statistics(masked, options, criterion, lambda share: progress(0.5 + share / 2))
-                evidence = self._evidence(masked, options, fresh)
+                fresh = self.statistics(masked, options, criterion, lambda share: progress(0.5 + share / 2))
+                evidence = self.evidence(masked, options, fresh)
                 scores = criterion(evidence)
                 for g in self.groups:
                     scores[g.name][sorted(set(range(g.size)) - set(plan[g.name].kept))] = 0.0
                 record |= {"kept": [x.keep for x in partly], "mean_loss": float(fresh.mean_loss)}
         return scores
 
-    def _statistics(
+    def statistics(
         self, model: nn.Module, options: Options, criterion: Criterion, progress: Progress
     ) -> CalibrationStats:
         stats = calibrate(
@@ -251,7 +266,7 @@ class Pruner:
         check_finite(stats)
         return stats
 
-    def _evidence(
+    def evidence(
         self,
         model: nn.Module,
         options: Options,
@@ -289,7 +304,7 @@ class Pruner:
         larger = [Limit.share(limit.table, solver.teacher_keep(limit.keep)) for limit in limits]
         if all(limit.keep >= 1.0 for limit in larger):
             return self._run_of(self.model, options)
-        masks = _search(self.groups, scores, larger, options).masks
+        masks = search_units(self.groups, scores, larger, options).masks
         if options.rearrange != "none":
             masks, _ = rearrange(self.groups, masks, _gradients(stats, options))
         return self._run_of(slice_model(self.model, self.groups, SlicePlan.from_masks(self.groups, masks)), options)
@@ -306,10 +321,18 @@ def prune_rows(
     reporter: Reporter | None = None,
 ) -> PrunedPlan:
     """Prune once; see `Pruner.prune`."""
-    return Pruner(model, head, rows, pad_id=pad_id, reporter=reporter).prune(budget, options)
+    return pruner_of(model)(model, head, rows, pad_id=pad_id, reporter=reporter).prune(budget, options)
 
 
-def _search(groups: Sequence[UnitGroup], scores: Scores, limits: Sequence[Limit], options: Options) -> Search:
+def pruner_of(model: nn.Module) -> type[Pruner]:
+    """Return what prunes a model: heads and neurons where there is an adapter, else the channels of what it traces."""
+    from .channel_pruner import ChannelPruner
+
+    return ChannelPruner if is_convolutional(model) else Pruner
+
+
+def search_units(groups: Sequence[Units], scores: Scores, limits: Sequence[Limit], options: Options) -> Search:
+    """Return the masks that keep the most within the limits."""
     return search(groups, scores, limits, options.minimum, method=options.search, scope=options.scope)
 
 

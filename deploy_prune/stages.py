@@ -15,10 +15,10 @@ from .depth import Depth
 from .errors import InputError, SystemStateError
 from .masking import OutputWeights
 from .search import Minimum
-from .units import SlicePlan, UnitGroup
+from .units import SlicePlan, Units
 
-REFIT_NEURON_SHARE = 1 / 16  # of a layer's neurons, kept at least when the refit follows
-REFITS = ("refit", "refit-parallel")
+REFIT_NEURON_SHARE = 1 / 16  # of a layer's neurons or channels, kept at least when the refit follows
+REFITS = ("refit", "refit-parallel", "refit-cut")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,10 +48,10 @@ class Options:
     depth: Depth = field(default_factory=Depth)
     left_out: tuple[str, ...] = ()
 
-    def resolved(self, groups: Sequence[UnitGroup]) -> Options:
+    def resolved(self, groups: Sequence[Units]) -> Options:
         """Return the options with nothing left open."""
         refit = self.compensate in REFITS
-        widest = max(g.size for g in groups if g.kind == "neuron")
+        widest = max((g.size for g in groups if g.kind == "neuron"), default=1)
         least = max(1, round(REFIT_NEURON_SHARE * widest)) if refit else 1
         return replace(
             self,
@@ -67,7 +67,8 @@ class Options:
     @property
     def minimum(self) -> Minimum:
         neurons = 1 if self.min_neurons is None else self.min_neurons
-        return Minimum(self.min_heads, neurons, self.align, frozenset(self.left_out))
+        channels = REFIT_NEURON_SHARE if self.compensate in REFITS else 0.0
+        return Minimum(self.min_heads, neurons, self.align, frozenset(self.left_out), channels)
 
 
 @dataclass
@@ -75,12 +76,13 @@ class PrunedPlan:
     """Hold what pruning decided: the plan, the refitted output projections, and the record of each stage."""
 
     plan: SlicePlan
-    groups: tuple[UnitGroup, ...]
+    groups: tuple[Any, ...]  # UnitGroup, or ChannelGroup with a graph
     seq_len: int
     limits: list[dict[str, Any]] = field(default_factory=list)
     updates: dict[str, OutputWeights] = field(default_factory=dict)
     stages: list[dict[str, Any]] = field(default_factory=list)
     sliced: nn.Module | None = None
+    graph: Any = None
 
     @property
     def hash(self) -> str:

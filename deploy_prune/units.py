@@ -1,7 +1,7 @@
 """What can be cut, which of it stays, and the frozen plan of a cut. No torch here.
 
-A *unit* is an attention head or an FFN neuron. A *unit group* says which output rows of the
-producers make the unit and which input columns of the consumer read it.
+A *unit* is an attention head, an FFN neuron or a channel. A *unit group* says which output rows of the
+producers make the unit and which input columns of the consumers read it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,22 @@ import numpy as np
 
 from .errors import InputError
 
-UnitKind = Literal["head", "neuron"]
+UnitKind = Literal["head", "neuron", "channel"]
 
 
 @dataclass(frozen=True)
-class UnitGroup:
+class Units:
+    """Name units that compete with each other: all that scores, searches and plans need to know."""
+
+    name: str  # "L03.heads"
+    kind: UnitKind
+    layer: int
+    size: int  # number of units
+    width: int  # rows of a producer per unit: head_dim for a head, 1 for a neuron or a channel
+
+
+@dataclass(frozen=True)
+class UnitGroup(Units):
     """Name the modules that are cut together for one sub-layer.
 
     `producers` lose output rows, `consumer` loses input columns; a unit is `width` consecutive rows
@@ -29,11 +40,6 @@ class UnitGroup:
     output, which `gain` ("" = none), a parameter (d,), multiplies before that. Paths are relative to the model's root.
     """
 
-    name: str  # "L03.heads"
-    kind: UnitKind
-    layer: int
-    size: int  # number of units
-    width: int  # rows of a producer per unit: head_dim for a head, 1 for a neuron
     hidden: int  # d: what the producers read and the consumer writes
     params: int  # parameters that one unit takes with it
     producers: tuple[str, ...]
@@ -56,6 +62,43 @@ class UnitGroup:
 
 
 @dataclass(frozen=True)
+class Reader:
+    """Name a convolution or Linear that reads a group's channels.
+
+    Each channel is `spread` of its input features (H x W behind a flattening, else 1), and `width` columns of its
+    weight (outputs, inputs * taps): a convolution has a column for every element (`taps`) of its kernel.
+    """
+
+    path: str
+    spread: int = 1
+    taps: int = 1
+
+    @property
+    def width(self) -> int:
+        """Return the columns of the flattened weight per channel."""
+        return self.spread * self.taps
+
+    def columns(self, kept: Iterable[int]) -> list[int]:
+        """Return the columns of the flattened weight that read the kept channels."""
+        return [u * self.width + j for u in kept for j in range(self.width)]
+
+
+@dataclass(frozen=True)
+class ChannelGroup(Units):
+    """Name the modules that are cut together for the channels of one stream.
+
+    `producers` lose output rows, `through` (batch norms, depthwise convolutions) lose both, `readers` lose input
+    columns. Producers of a `coupled` group are added to each other: a residual stream. Module paths are relative to
+    the model's root.
+    """
+
+    producers: tuple[str, ...]
+    through: tuple[str, ...]
+    readers: tuple[Reader, ...]
+    coupled: bool = False
+
+
+@dataclass(frozen=True)
 class GroupPlan:
     """Hold the kept units of one group, ascending, and the scale that each is multiplied by."""
 
@@ -75,7 +118,7 @@ class MaskSet(dict[str, np.ndarray]):
     """Map each group name to its mask (units,) of float64; 0 cuts the unit, any other value scales it."""
 
     @classmethod
-    def ones(cls, groups: Iterable[UnitGroup]) -> MaskSet:
+    def ones(cls, groups: Iterable[Units]) -> MaskSet:
         return cls({g.name: np.ones(g.size) for g in groups})
 
 
@@ -86,7 +129,7 @@ class SlicePlan:
     groups: tuple[GroupPlan, ...]
 
     @classmethod
-    def from_masks(cls, groups: Sequence[UnitGroup], masks: Mapping[str, np.ndarray]) -> SlicePlan:
+    def from_masks(cls, groups: Sequence[Units], masks: Mapping[str, np.ndarray]) -> SlicePlan:
         """Build the plan from one mask (units,) per group.
 
         Raises InputError for a missing, extra, wrongly sized or non-finite mask.

@@ -14,7 +14,8 @@ from .base import Arch, Layout, Sublayer, per_layer
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Arch", "Layout", "Sublayer", "arch_of", "check_config", "max_positions", "per_layer", "supported"]
+__all__ = ["Arch", "Layout", "Sublayer", "arch_of", "check_config", "is_convolutional"]
+__all__ += ["max_positions", "per_layer", "supported"]
 
 _REFUSED = {
     "albert": "ALBERT shares one layer's weights between all layers: slicing one layer would slice them all.",
@@ -68,6 +69,13 @@ def arch_of(model: nn.Module) -> Arch:
     config: Any = model.config
     arch = supported().get(str(config.model_type))
     return arch if arch is not None else check_config(config)
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Say whether a model has no adapter for heads and neurons, but convolutions whose channels may be cut."""
+    if str(getattr(getattr(model, "config", None), "model_type", "")) in supported():
+        return False
+    return any(type(m).__name__ == "Conv2d" for m in model.modules())
 
 
 def max_positions(model: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .base import Evidence, Scores, per_unit
+from .base import Evidence, Scores
 
 
 def activation(evidence: Evidence) -> Scores:
@@ -22,6 +22,6 @@ def activation_weight(evidence: Evidence) -> Scores:
     """
     scores = {}
     for g in evidence.groups:
-        norms = torch.linalg.vector_norm(per_unit(evidence.weight(g.consumer), g), dim=(0, 2))
+        norms = torch.linalg.vector_norm(evidence.reading(g), dim=1)
         scores[g.name] = activation(evidence)[g.name] * norms.numpy()
     return scores

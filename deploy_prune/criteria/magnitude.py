@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from .base import Evidence, Scores, per_unit
+from .base import Evidence, Scores
 
 
 def magnitude(evidence: Evidence, side: Literal["in", "out"], order: int) -> Scores:
@@ -17,11 +17,7 @@ def magnitude(evidence: Evidence, side: Literal["in", "out"], order: int) -> Sco
     """
     scores = {}
     for g in evidence.groups:
-        if side == "in":
-            columns = torch.cat([evidence.weight(p).T for p in g.producers])  # (inputs, units * width)
-        else:
-            columns = evidence.weight(g.consumer)  # (d, units * width)
-        units = per_unit(columns, g).movedim(-2, 0).flatten(1)  # (units, weights)
+        units = evidence.producing(g) if side == "in" else evidence.reading(g)  # (units, weights)
         scores[g.name] = torch.linalg.vector_norm(units, ord=order, dim=1).numpy()
     return scores
 

@@ -12,6 +12,7 @@ from ..moments import Moments
 from ..teacher import Teacher
 from ..units import UnitGroup
 from .base import Evidence, Scores
+from .channels import score_channels
 
 RIDGE = 1e-3  # of the mean diagonal of the inputs' second moment, as in the refit
 BLOCKS = 96  # into which a wide group's elimination is cut
@@ -30,6 +31,11 @@ def obs(evidence: Evidence) -> Scores:
     Martens and Grosse 2015 (the gradient's second moment as the output metric).
     """
     stats = evidence.calibrated
+    if evidence.graph is not None:
+        felt = stats.gradient_moments
+        return score_channels(
+            evidence, evidence.graph, lambda x, second, weight: felt[x.path] / stats.tokens, eliminate
+        )
     return _scores(evidence, lambda g, second, weight: stats.gradient_moments[g.name] / stats.tokens)
 
 
@@ -42,11 +48,13 @@ def reconstruction(evidence: Evidence) -> Scores:
     Source: Kurtic et al. 2023, ZipLM, equation 4; Meng et al. 2024, OSSCAR, equation 2 (the same objective).
     """
 
-    def metric(g: UnitGroup, second: Tensor, weight: Tensor) -> Tensor:
+    def metric(of: object, second: Tensor, weight: Tensor) -> Tensor:
         w = weight.double()
         energy = (w @ second * w).sum()
-        return torch.eye(g.hidden, dtype=torch.float64, device=w.device) / torch.where(energy > 0, energy, 1.0)
+        return torch.eye(len(w), dtype=torch.float64, device=w.device) / torch.where(energy > 0, energy, 1.0)
 
+    if evidence.graph is not None:
+        return score_channels(evidence, evidence.graph, metric, eliminate)
     return _scores(evidence, metric)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..costs import Limit
-from ..units import UnitGroup
+from ..units import ChannelGroup, Units
 
 Scores = Mapping[str, np.ndarray]  # group name -> importance of each unit (units,)
 
@@ -18,19 +18,23 @@ class Minimum:
     """Say which counts a layer may keep: at least so many units (0 = the sub-layer may go), in aligned widths.
 
     `align` asks that the kept columns of a sub-layer are a multiple of it; the full size is always allowed.
-    Groups that are `left_out` keep nothing.
+    Groups that are `left_out` keep nothing. A group of channels keeps at least `channels` of them, as a share of its
+    own size, and never none of a residual stream.
     """
 
     heads: int = 1
     neurons: int = 1
     align: int = 1
     left_out: frozenset[str] = frozenset()
+    channels: float = 0.0
 
-    def counts(self, group: UnitGroup) -> np.ndarray:
+    def counts(self, group: Units) -> np.ndarray:
         """Return the allowed counts of a group, ascending."""
         if group.name in self.left_out:
             return np.zeros(1, dtype=np.int64)
         least = min(self.heads if group.kind == "head" else self.neurons, group.size)
+        if isinstance(group, ChannelGroup):
+            least = max(least, round(self.channels * group.size), int(group.coupled))
         counts = np.arange(least, group.size + 1)
         return counts[(counts * group.width % self.align == 0) | (counts == group.size)]
 
@@ -60,7 +64,7 @@ class Choices:
     costs: np.ndarray
 
     @classmethod
-    def of(cls, group: UnitGroup, value: np.ndarray, limits: Sequence[Limit], minimum: Minimum) -> Choices:
+    def of(cls, group: Units, value: np.ndarray, limits: Sequence[Limit], minimum: Minimum) -> Choices:
         counts = minimum.counts(group)
         costs = np.stack([np.asarray(x.table.groups[group.name], dtype=np.float64)[counts] for x in limits])
         return cls(group.name, counts, value[counts], costs)

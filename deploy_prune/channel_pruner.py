@@ -1,0 +1,140 @@
+"""The pruning of convolutional networks: channels for heads and neurons, the same stages in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .archs.conv import ChannelGraph, trace_channels
+from .calibration import CalibrationStats, check_finite, hash_rows
+from .channel_calibration import calibrate_channels
+from .channel_costs import channel_limits
+from .channel_slicing import prove, slice_channels
+from .compensate import get_solver
+from .compensate.conv import ignoring, sweep_channels
+from .compensate.fold import fold_channels, renorm
+from .compensate.layers import SweepResult
+from .costs import Budget, Limit
+from .criteria import Criterion, Evidence
+from .criteria.base import Scores
+from .errors import InputError
+from .graph_runner import GraphRunner
+from .progress import Progress
+from .pruner import Pruner, search_units
+from .stages import Options
+from .units import SlicePlan
+
+FOLDS = ("fold", "batch-norm", "fold+batch-norm")  # compensations of convolutions that need no sweep
+ONLY_CUT = "-cut"  # behind a sweep's name: of layers that lost inputs alone
+
+
+class ChannelPruner(Pruner):
+    """Prune one convolutional network with one set of calibration images, to any number of budgets.
+
+    The model's forward takes a batch of images and gives logits. `residual` also offers residual streams.
+    """
+
+    graph: ChannelGraph
+
+    def find_groups(self) -> tuple[Any, ...]:
+        """Trace the model, and try every group's cut. Raises UnsupportedModelError, with the reasons, for none."""
+        (images,) = next(iter(self.batches)).to(self.device).inputs.values()
+        graph = trace_channels(self.model, images[:2], residual=self.residual)
+        self.graph = prove(self.model, graph, images[:2])
+        return self.graph.groups
+
+    def limits(self, budget: Budget, seq_len: int) -> list[Limit]:
+        return channel_limits(budget, self.graph, sum(p.numel() for p in self.model.parameters()))
+
+    def check(self, options: Options) -> None:
+        if options.steps > 1:
+            raise InputError("Channels are cut in one step.", hint="Leave steps at 1.")
+        if options.depth or options.left_out:
+            raise InputError("Whole blocks of a convolutional network cannot be left out.", hint="Leave depth out.")
+        if options.forward_dtype != "fp32":
+            raise InputError("Convolutional networks are calibrated in fp32.", hint="Leave forward_dtype out.")
+        if options.compensate not in ("none", *FOLDS):
+            get_solver(options.compensate.removesuffix(ONLY_CUT))
+
+    def statistics(
+        self, model: nn.Module, options: Options, criterion: Criterion, progress: Progress
+    ) -> CalibrationStats:
+        stats = calibrate_channels(
+            model,
+            self.graph,
+            self.head,
+            list(self.batches),
+            sample_hash=hash_rows(self.rows),
+            label_free=options.label_free,
+            seed=options.seed,
+            gradient_moments=criterion.gradient_moments,
+            progress=progress,
+        )
+        check_finite(stats)
+        return stats
+
+    def evidence(
+        self,
+        model: nn.Module,
+        options: Options,
+        stats: CalibrationStats | None,
+        progress: Progress = lambda share: None,
+    ) -> Evidence:
+        return Evidence(
+            model,
+            self.groups,
+            seed=options.seed,
+            stats=stats,
+            graph=self.graph,
+            make_runner=None if stats is None else lambda: self._runner(options),
+            progress=progress,
+        )
+
+    def compensate(
+        self,
+        plan: SlicePlan,
+        scores: Scores,
+        stats: CalibrationStats,
+        limits: Sequence[Limit],
+        options: Options,
+        progress: Progress,
+    ) -> tuple[nn.Module, SweepResult]:
+        images = [self._images(batch.inputs) for batch in self.batches]
+        if options.compensate in FOLDS:
+            folded = "fold" in options.compensate
+            updates = dict(fold_channels(self.model, self.graph, plan, self._runner(options))) if folded else {}
+            if "batch-norm" in options.compensate:
+                updates = dict(renorm(self.model, self.graph, plan, updates, images))
+            swept = SweepResult(updates, {}, [])
+        else:
+            solver = get_solver(options.compensate.removesuffix(ONLY_CUT))
+            larger = [Limit.share(x.table, solver.teacher_keep(x.keep)) for x in limits]
+            teacher = self.model
+            if any(x.keep < 1.0 for x in larger):  # mask tuning follows a model that is pruned less
+                masks = search_units(self.groups, scores, larger, options).masks
+                teacher = ignoring(self.model, self.graph, SlicePlan.from_masks(self.groups, masks))
+            swept = sweep_channels(
+                self.model,
+                self.graph,
+                plan,
+                images,
+                [batch.index for batch in self.batches],
+                solver,
+                stats.saliency,
+                teacher=teacher,
+                only_cut=options.compensate.endswith(ONLY_CUT),
+                progress=progress,
+                cache_bytes=options.cache_bytes,
+            )
+        return slice_channels(self.model, self.graph, plan, swept.updates), swept
+
+    def _runner(self, options: Options) -> GraphRunner:
+        feeds = [self._images(batch.inputs) for batch in self.batches]
+        return GraphRunner(self.model, self.graph.program, feeds, options.cache_bytes)
+
+    def _images(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        (images,) = inputs.values()
+        return images

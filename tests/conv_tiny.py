@@ -1,0 +1,176 @@
+"""Small convolutional networks of every shape that channels can take."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LeNet(nn.Module):
+    """Two convolutions without batch norm, flattened into Linears; bias everywhere."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 6, 5, padding=2), nn.Conv2d(6, 10, 3)
+        self.fc1, self.fc2 = nn.Linear(10 * 9, 16), nn.Linear(16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(torch.tanh(self.conv1(x)), 2)
+        x = F.avg_pool2d(torch.sigmoid(self.conv2(x)), 2)
+        return self.fc2(F.dropout(F.relu(self.fc1(x.flatten(1))), 0.5, self.training))
+
+
+def vgg(classes: int = 4) -> nn.Sequential:
+    """Convolution, batch norm, activation, in a chain; global pooling."""
+    layers: list[nn.Module] = []
+    inputs = 3
+    for outputs, pool in ((8, True), (12, False), (10, True)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        layers += [nn.MaxPool2d(2)] if pool else []
+        inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+
+
+class BasicBlock(nn.Module):
+    """Named as torchvision and timm name it."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _downsample(inputs, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += identity
+        return self.relu(out)
+
+
+class Bottleneck(nn.Module):
+    """Named as torchvision and timm name it."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int, groups: int = 1) -> None:
+        super().__init__()
+        outputs = 4 * width
+        self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, groups=groups, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _downsample(inputs, outputs, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(out)))))
+        return self.relu(out + identity)
+
+
+def _downsample(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
+    if stride == 1 and inputs == outputs:
+        return None
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+class ResNet(nn.Module):
+    """Named as torchvision's ResNet names its modules."""
+
+    def __init__(
+        self, block: type[nn.Module], widths: tuple[int, ...] = (4, 6), depth: int = 2, classes: int = 4
+    ) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0])
+        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(2)
+        inputs = widths[0]
+        for number, width in enumerate(widths):
+            blocks = []
+            for index in range(depth):
+                blocks.append(block(inputs, width, 2 if number and not index else 1))
+                inputs = width * blocks[-1].expansion  # type: ignore[operator]
+            self.add_module(f"layer{number + 1}", nn.Sequential(*blocks))
+        self.stages = len(widths)
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for number in range(self.stages):
+            x = self.get_submodule(f"layer{number + 1}")(x)
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2's block: widen, depthwise, narrow; optionally squeeze-and-excite."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, squeeze: bool = False) -> None:
+        super().__init__()
+        wide = 3 * inputs
+        self.conv = nn.Sequential(
+            OrderedDict(
+                widen=nn.Conv2d(inputs, wide, 1, bias=False),
+                bn1=nn.BatchNorm2d(wide),
+                act1=nn.ReLU6(inplace=True),
+                depthwise=nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False),
+                bn2=nn.BatchNorm2d(wide),
+                act2=nn.ReLU6(inplace=True),
+            )
+        )
+        self.reduce = nn.Conv2d(wide, 4, 1) if squeeze else None
+        self.expand = nn.Conv2d(4, wide, 1) if squeeze else None
+        self.narrow, self.bn3 = nn.Conv2d(wide, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv(x)
+        if self.reduce is not None and self.expand is not None:
+            gate = self.expand(F.relu(self.reduce(out.mean((2, 3), keepdim=True))))
+            out = out * torch.sigmoid(gate)
+        out = self.bn3(self.narrow(out))
+        return x + out if self.residual else out
+
+
+def mobilenet(classes: int = 4, squeeze: bool = False) -> nn.Sequential:
+    blocks = [
+        InvertedResidual(4, 4, 1, squeeze),
+        InvertedResidual(4, 6, 2, squeeze),
+        InvertedResidual(6, 6, 1, squeeze),
+    ]
+    stem = [nn.Conv2d(3, 4, 3, 2, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU6()]
+    head = [nn.Conv2d(6, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*stem, *blocks, *head, nn.Linear(12, classes))
+
+
+FAMILIES = {
+    "lenet": (LeNet, (1, 16, 16)),
+    "vgg": (vgg, (3, 16, 16)),
+    "basic": (lambda: ResNet(BasicBlock), (3, 16, 16)),
+    "bottleneck": (lambda: ResNet(Bottleneck, (3, 4)), (3, 16, 16)),
+    "mobilenet": (mobilenet, (3, 16, 16)),
+    "squeeze": (lambda: mobilenet(squeeze=True), (3, 16, 16)),
+}
+
+
+def tiny_cnn(family: str, seed: int = 0) -> nn.Module:
+    """Return a model in evaluation mode whose batch norms have seen data, and whose every channel matters."""
+    torch.manual_seed(seed)
+    make, _ = FAMILIES[family]
+    model = make()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.5)
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.eval()
+
+
+def tiny_images(family: str, count: int = 5, seed: int = 0) -> Tensor:
+    return torch.randn(count, *FAMILIES[family][1], generator=torch.Generator().manual_seed(seed))
