@@ -120,10 +120,11 @@ class Constant(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = self.spatial.shape(x, self.features)
-        if self.bias is None:
+        bias: Any = self.bias
+        if bias is None:
             return x.new_zeros(shape)
         after = len(self.spatial.kernel)  # axes behind the channels
-        return self.bias.reshape(-1, *[1] * after).expand(shape)
+        return bias.reshape(-1, *[1] * after).expand(shape)
 
 
 class _Spatial:

@@ -77,7 +77,7 @@ def load_module(
             f"{folder} does not hold the weights its {SPEC} describes: {str(error).splitlines()[0]}",
             hint=f"Is {entry['factory']} the factory, of the same version, that the model was made by?",
         ) from error
-    model.deploy_prune = spec  # type: ignore[assignment]
+    model.deploy_prune = spec
     return model.eval()
 
 

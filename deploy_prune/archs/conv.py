@@ -97,7 +97,8 @@ def trace_channels(model: nn.Module, images: Tensor, *, residual: bool = False) 
     program = export_program(model, images)
     flow = Dataflow(model, program)
     names: dict[int, str] = {}
-    groups, refused = [], {}
+    groups: list[ChannelGroup] = []
+    refused: dict[str, str] = {}
     for root in sorted({flow.root(i) for i in range(len(flow.streams))}):
         stream = flow.streams[root]
         reason = _why_not(stream, residual)

@@ -264,8 +264,8 @@ class Dataflow:
         if layout is None:
             return
         rank = len(sizes(x))
-        given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        axes = {a % rank for a in ([given] if isinstance(given, int) else given or range(rank))}  # type: ignore[union-attr]
+        given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        axes: set[int] = {a % rank for a in ([given] if isinstance(given, int) else given or range(rank))}
         if layout.axis in axes:
             self._unknown(node, operator_name(node))
             return
@@ -295,7 +295,8 @@ class Dataflow:
         rank = len(sizes(x))
         order = list(range(rank))
         if operator_name(node) == "permute":
-            order = [a % rank for a in node.args[1]]  # type: ignore[union-attr, operator]
+            axes: Any = node.args[1]
+            order = [a % rank for a in axes]
         elif operator_name(node) == "transpose":
             a, b = (int(v) % rank for v in node.args[1:3])  # type: ignore[arg-type]
             order[a], order[b] = order[b], order[a]

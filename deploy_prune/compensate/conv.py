@@ -105,7 +105,7 @@ class Site:
     def __init__(self, student: nn.Module, graph: ChannelGraph, plan: SlicePlan, layer: Layer) -> None:
         self.student, self.layer, self.keeps = student, layer, graph.keeps(plan)
         self.module: Any = student.get_submodule(layer.path)
-        self.device = self.module.weight.device
+        self.device = next(student.parameters()).device
         rows = self.keeps.get(layer.writes, tuple(range(layer.outputs)))
         read = self.keeps.get(layer.reads, tuple(range(layer.inputs)))
         self.rows = torch.tensor(rows, device=self.device)

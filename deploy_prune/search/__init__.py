@@ -9,7 +9,7 @@ import numpy as np
 
 from ..costs import Limit, ProductTable
 from ..errors import InfeasibleBudgetError, InputError
-from ..units import MaskSet, Units
+from ..units import MaskSet, UnitGroup, Units
 from .choices import Choices, Minimum, Scores, rank_units
 from .knapsack import solve_knapsack
 from .local import solve_local
@@ -66,7 +66,8 @@ def search(
     if method == "paper" and (sums is None or any(g.kind == "channel" for g in groups)):
         raise InputError("The paper's search knows heads and neurons only.", hint="Use the exact search.")
     if method == "paper" and scope == "global":
-        masks, solver, gap = search_paper(groups, scores, limits, minimum), "paper", None
+        units = [g for g in groups if isinstance(g, UnitGroup)]
+        masks, solver, gap = search_paper(units, scores, limits, minimum), "paper", None
     else:
         ranking = {g.name: rank_units(scores[g.name]) for g in groups}
         if sums is None:

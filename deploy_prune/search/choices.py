@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,8 @@ class Choices:
     @classmethod
     def of(cls, group: Units, value: np.ndarray, limits: Sequence[Limit], minimum: Minimum) -> Choices:
         counts = minimum.counts(group)
-        costs = np.stack([np.asarray(x.table.groups[group.name], dtype=np.float64)[counts] for x in limits])
+        tables: list[Any] = [x.table for x in limits]  # additive ones
+        costs = np.stack([np.asarray(table.groups[group.name], dtype=np.float64)[counts] for table in tables])
         return cls(group.name, counts, value[counts], costs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,10 +31,11 @@ def search_paper(groups: Sequence[UnitGroup], scores: Scores, limits: Sequence[L
             hint="Use --search exact.",
         )
     (limit,) = limits
+    table: Any = limit.table  # an additive one
     heads = [g for g in groups if g.kind == "head"]
     neurons = [g for g in groups if g.kind == "neuron"]
-    head_knee, head_flat, head_cost = _line(heads, limit.table)
-    neuron_knee, neuron_flat, neuron_cost = _line(neurons, limit.table)
+    head_knee, head_flat, head_cost = _line(heads, table)
+    neuron_knee, neuron_flat, neuron_cost = _line(neurons, table)
     head_rank, least_heads = _rank(heads, scores, max(minimum.heads, head_knee))
     neuron_rank, least_neurons = _rank(neurons, scores, max(minimum.neurons, neuron_knee))
     room = limit.room - len(heads) * head_flat - len(neurons) * neuron_flat
