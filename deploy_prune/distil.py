@@ -20,7 +20,7 @@ from .progress import Progress
 from .tasks.base import Row
 
 EVALUATIONS = 10  # of the held-out rows in a run; each is a checkpoint
-PATIENCE = 3  # evaluations without a new best after which the run ends
+PATIENCE = 5  # evaluations without a new best after which the run ends
 POOL_BATCHES = 50  # batches that are made of like lengths together
 WORKERS = 4  # processes that prepare batches for a GPU
 
