@@ -34,7 +34,8 @@ def check_parity(
     for case in compared:
         got = runner.infer({name: case.inputs[name] for name in runner.input_names})
         shape = next(iter(case.inputs.values())).shape
-        where = f"the exported {variant} model at inputs of {shape}"
+        axes = "batch x sequence" if len(shape) == 2 else "batch x C x H x W"
+        where = f"the exported {variant} model at {axes} {shape}"
         for name, expected in case.outputs[variant].items():
             if name not in got or got[name].shape != expected.shape:
                 found = got[name].shape if name in got else "nothing"
