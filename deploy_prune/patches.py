@@ -8,24 +8,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MOST_POSITIONS = 256  # of an image, at which a layer's statistics are taken
+MOST_POSITIONS = 64  # of an image, at which a layer's statistics are taken
 
 
-def patches(module: Any, x: Tensor) -> Tensor:
-    """Return the inputs of a convolution or Linear at every output position, (B, positions, columns).
+def patches(module: Any, x: Tensor, at: Tensor | None = None) -> Tensor:
+    """Return the inputs of a convolution or Linear at its output positions (all, or some), (B, positions, columns).
 
     Columns stand in the order of the flattened weight (outputs, inputs * kernel elements).
     """
     if not hasattr(module, "kernel_size"):
-        return x.reshape(len(x), -1, x.shape[-1])
-    if module.padding != "valid" and any(module._reversed_padding_repeated_twice):
+        x = x.reshape(len(x), -1, x.shape[-1])
+        return x if at is None else x[:, at]
+    (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
+    if any(module._reversed_padding_repeated_twice):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    if module.kernel_size == (1, 1):
-        x = x[..., :: module.stride[0], :: module.stride[1]]
-        return x.flatten(2).transpose(1, 2)
-    columns = F.unfold(x, module.kernel_size, dilation=module.dilation, stride=module.stride)
-    return columns.transpose(1, 2)
+    sizes = zip(x.shape[2:], (dh, dw), (kh, kw), (sh, sw), strict=True)
+    height, width = ((n - d * (k - 1) - 1) // s + 1 for n, d, k, s in sizes)
+    at = torch.arange(height * width) if at is None else at
+    corner = at // width * sh * x.shape[3] + at % width * sw  # of every patch in the flat, padded map
+    tap = torch.arange(kh)[:, None] * dh * x.shape[3] + torch.arange(kw) * dw
+    index = (tap.reshape(-1, 1) + corner).to(x.device)  # (taps, positions)
+    found = x.flatten(2)[:, :, index.flatten()].reshape(*x.shape[:2], *index.shape)  # (B, C, taps, positions)
+    return found.permute(0, 3, 1, 2).flatten(2)
 
 
 def some_positions(count: int, seed: int, most: int = MOST_POSITIONS) -> Tensor:

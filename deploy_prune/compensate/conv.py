@@ -66,7 +66,7 @@ def sweep_channels(
             )
             at = some_positions(y.shape[1], batch)
             out = held is not None and batch % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-            (held if out and held is not None else fit).add(site.patches(x)[:, at], y[:, at], weights[:, at])
+            (held if out and held is not None else fit).add(site.patches(x, at), y[:, at], weights[:, at])
         site.solve(solver, fit, held, result)
         progress((number + 1) / len(todo))
     result.state_bytes = teacher_runs.kept_bytes + student_runs.kept_bytes
@@ -109,6 +109,7 @@ class Site:
         rows = self.keeps.get(layer.writes, tuple(range(layer.outputs)))
         read = self.keeps.get(layer.reads, tuple(range(layer.inputs)))
         self.rows = torch.tensor(rows, device=self.device)
+        self.read = torch.tensor(read, dtype=torch.long, device=self.device)
         columns = Reader(layer.path, layer.spread, layer.taps).columns(read)
         self.columns = torch.tensor(columns, dtype=torch.long, device=self.device)
         self.shifts = bool(layer.norm) or self.module.bias is not None
@@ -116,9 +117,11 @@ class Site:
     def moments(self) -> Moments:
         return Moments(len(self.columns), len(self.rows), self.device)
 
-    def patches(self, x: Tensor) -> Tensor:
-        """Return what the layer reads at every position (B, positions, columns)."""
-        return patches(self.module, x)[..., self.columns]
+    def patches(self, x: Tensor, at: Tensor) -> Tensor:
+        """Return what the layer reads at some positions (B, positions, columns)."""
+        if hasattr(self.module, "kernel_size"):
+            return patches(self.module, x[:, self.read], at)
+        return patches(self.module, x, at)[..., self.columns]
 
     def solve(self, solver: Solver, fit: Moments, held: Moments | None, result: SweepResult) -> None:
         """Refit the layer, write the result into the student and note it."""

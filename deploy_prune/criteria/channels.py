@@ -48,7 +48,6 @@ def patch_moments(runner: GraphRunner, model: torch.nn.Module, layer: Layer) -> 
     sums = Moments(layer.inputs * layer.width, 0, runner.device)
     for number in range(len(runner.feeds)):
         (x,) = runner.values(number, [layer.source])
-        h = patches(module, x)
-        h = h[:, some_positions(h.shape[1], number)]
+        h = patches(module, x, some_positions(layer.positions, number))
         sums.add(h, h[..., :0], h.new_ones(h.shape[:2]))
     return sums.hh / sums.count

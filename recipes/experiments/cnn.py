@@ -105,7 +105,8 @@ class Bench:
 def image_task(name: str, task: str, data: Path) -> TaskData:
     """Load images of a task, divided by 255."""
     channels, height, _ = SIZES[name]
-    settings = {"do_resize": False, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": False}
+    settings = {"image_processor_type": "BitImageProcessor", "do_rescale": True, "rescale_factor": 1 / 255}
+    settings |= dict.fromkeys(("do_resize", "do_center_crop", "do_normalize"), False)
     labels = dict(enumerate(find_spec(task).labels))
     config = SimpleNamespace(
         num_channels=channels,

@@ -1,4 +1,4 @@
-"""The convolutional networks of the experiments: CIFAR's ResNets (He et al. 2016, section 4.2), LeNet with batch norm."""
+"""The convolutional networks of the experiments: CIFAR's ResNets (He et al. 2016, 4.2), LeNet with batch norm."""
 
 from __future__ import annotations
 
