@@ -40,7 +40,7 @@ def experiment(
     lut: Annotated[str | None, typer.Option(help="Latency table of this model, for latency and prediction.")] = None,
     rival: Annotated[str | None, typer.Option(help="Another dense checkpoint of the task, for rival.")] = None,
     recover_epochs: Annotated[float, typer.Option(help="Epochs of recover.")] = 3.0,
-    recover_lr: Annotated[float, typer.Option(help="Its peak learning rate.")] = 1e-4,
+    recover_lr: Annotated[float, typer.Option(help="Its peak learning rate.")] = 2e-5,
     recover_samples: Annotated[int, typer.Option(min=64, help="Its training rows.")] = 16_384,
     recover_batch: Annotated[int, typer.Option(min=1, help="Its batch size.")] = 32,
     as_json: Json = False,

@@ -188,7 +188,7 @@ class Recipe(ExportSettings):
     recover_minutes: float | None = _field(
         None, "Distil for so many minutes; with --recover-epochs what ends first counts.", gt=0
     )
-    recover_lr: float = _field(1e-4, "Largest learning rate of the distillation.", gt=0)
+    recover_lr: float = _field(2e-5, "Largest learning rate of the distillation.", gt=0)
     recover_samples: int | None = _field(
         None, "Training rows to distil on, a tenth of which judges (default: all, at most 16384).", ge=MIN_SAMPLES
     )

@@ -49,7 +49,7 @@ class Recovery:
 
     epochs: float | None = None
     minutes: float | None = None
-    lr: float = 1e-4
+    lr: float = 2e-5
     batch_rows: int = 32
     weights: Weights = field(default_factory=Weights)
     seed: int = 0

@@ -54,7 +54,7 @@ class Setting:
     lut: str | None = None  # a latency table of this model
     rival: str | None = None  # another dense checkpoint, fine-tuned on the same task
     recover_epochs: float = 3.0
-    recover_lr: float = 1e-4
+    recover_lr: float = 2e-5
     recover_samples: int = 16_384  # training rows, of which a part is held out
     recover_batch: int = 32
 
