@@ -19,9 +19,11 @@ _LAZY = {
     "SlicePlan": "units",
     "export_onnx": "api",
     "load": "api",
+    "load_module": "module_checkpoint",
     "load_task": "tasks",
     "prune": "api",
     "run": "pipeline",
+    "save_module": "module_checkpoint",
     "slice_model": "api",
 }
 __all__ = ["__version__", *sorted(_LAZY)]
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from .bundle import Bundle
     from .config import Recipe
     from .costs import Budget
+    from .module_checkpoint import load_module, save_module
     from .pipeline import run
     from .stages import Options, PrunedPlan
     from .tasks import load_task

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from . import slicing
-from .archs import check_config
+from .archs import check_config, is_convolutional
 from .bundle import Bundle, Variant
 from .calibration import sample_indices
 from .checkpoint import load_variant
@@ -20,6 +20,7 @@ from .heads import Head
 from .progress import Reporter
 from .pruner import prune_rows
 from .stages import Options, PrunedPlan
+from .surgery import surgery_of
 from .tasks.base import HeadKind, Row, TaskData
 from .tasks.registry import model_head
 from .units import SlicePlan
@@ -42,7 +43,8 @@ def prune(
     the model's device. Raises InputError, UnsupportedModelError or InfeasibleBudgetError.
     """
     options = options or Options()
-    check_config(model.config)
+    if not is_convolutional(model):
+        check_config(model.config)
     if not isinstance(budget, Budget):
         if not isinstance(budget, int | float):
             raise InputError(f"The budget {budget!r} is neither a number nor a Budget.")
@@ -51,7 +53,7 @@ def prune(
         head = Head(data.head)
         rows: Sequence[Row] = data.train.encode(sample_indices(len(data.train), samples, options.seed))
     else:
-        head = Head(model_head(model.config, type(model).__name__))
+        head = Head(_head(model))
         rows = data
     if len(rows) < MIN_SAMPLES:
         raise InputError(f"{len(rows)} rows are too few to calibrate on.", hint=f"Give at least {MIN_SAMPLES}.")
@@ -60,10 +62,13 @@ def prune(
 
 def slice_model(model: nn.Module, plan: PrunedPlan | SlicePlan) -> Any:
     """Return a smaller copy of the dense model, of the same class, equal to the masked one."""
-    groups = check_config(model.config).groups(model)
     if isinstance(plan, PrunedPlan):
-        return slicing.slice_model(model, groups, plan.plan, plan.updates)
-    return slicing.slice_model(model, groups, plan)
+        return replace(plan.surgery, model=model).slice(plan.plan, plan.updates)  # type: ignore[type-var]
+    if is_convolutional(model):
+        raise InputError(
+            "The layers of a convolutional network cannot be told from a SlicePlan.", hint="Give what prune returned."
+        )
+    return surgery_of(model).slice(plan)
 
 
 def export_onnx(
@@ -76,9 +81,14 @@ def export_onnx(
     """Write a dense, masked or sliced model as ONNX (opset 23, dynamic batch and sequence) and return the path."""
     from .export.onnx import onnx_from_torch
 
-    kind = head or model_head(model.config, type(model).__name__)
+    kind = head or _head(model)
     onnx_from_torch(model, Head(kind), Path(path), input_names=input_names)
     return Path(path)
+
+
+def _head(model: nn.Module) -> HeadKind:
+    config = getattr(model, "config", None)
+    return "classification" if config is None else model_head(config, type(model).__name__)
 
 
 def load(bundle: str | Path | Bundle, variant: Variant = "sliced") -> Any:

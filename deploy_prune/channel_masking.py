@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,6 +44,31 @@ def mask_channels(model: nn.Module, graph: ChannelGraph, plan: SlicePlan, update
         bias[at] = new.bias.to(bias)
         write_projection(virtual, layer, OutputWeights(weight, bias))
     return virtual
+
+
+def scatter_channels(model: nn.Module, graph: ChannelGraph, plan: SlicePlan, state: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of the dense model that holds a sliced model's tensors, each where it was cut from.
+
+    Cut channels keep the dense weights; masked by a plan whose scales are 1 (`SlicePlan.folded`), it is the sliced
+    model's function. Tensors that a sliced model lacks, because they made or read nothing, stay too.
+    """
+    whole = copy.deepcopy(model)
+    dense = whole.state_dict()
+    rows = {path: plan[g.name].kept for g in graph.groups for path in (*g.producers, *g.through)}
+    columns = {r.path: (r, plan[g.name].kept) for g in graph.groups for r in g.readers}
+    for name, cut in state.items():
+        path, target = name.rpartition(".")[0], dense[name]
+        if cut.shape == target.shape:
+            target.copy_(cut)
+            continue
+        at = torch.tensor(rows.get(path, range(len(target))), dtype=torch.long, device=target.device)
+        if target.dim() > 1 and path in columns:
+            reader, kept = columns[path]
+            along = torch.tensor(reader.columns(kept), dtype=torch.long, device=target.device)
+            target.flatten(1)[at[:, None], along] = cut.to(target).flatten(1)
+        else:
+            target[at] = cut.to(target)
+    return whole
 
 
 @torch.no_grad()

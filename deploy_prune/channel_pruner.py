@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
-from .archs.conv import ChannelGraph, trace_channels
+from .archs.conv import ChannelGraph
 from .calibration import CalibrationStats, check_finite, hash_rows
 from .channel_calibration import calibrate_channels
 from .channel_costs import channel_limits
-from .channel_slicing import prove, slice_channels
+from .channel_slicing import slice_channels
 from .compensate import get_solver
 from .compensate.conv import ignoring, sweep_channels
 from .compensate.fold import fold_channels, renorm
@@ -25,6 +24,7 @@ from .graph_runner import GraphRunner
 from .progress import Progress
 from .pruner import Pruner, search_units
 from .stages import Options
+from .surgery import TRIED_IMAGES, ChannelSurgery, channel_surgery
 from .units import SlicePlan
 
 FOLDS = ("fold", "batch-norm", "fold+batch-norm")  # compensations of convolutions that need no sweep
@@ -37,14 +37,17 @@ class ChannelPruner(Pruner):
     The model's forward takes a batch of images and gives logits. `residual` also offers residual streams.
     """
 
-    graph: ChannelGraph
+    surgery: ChannelSurgery
 
-    def find_groups(self) -> tuple[Any, ...]:
+    def find_surgery(self) -> ChannelSurgery:
         """Trace the model, and try every group's cut. Raises UnsupportedModelError, with the reasons, for none."""
         (images,) = next(iter(self.batches)).to(self.device).inputs.values()
-        graph = trace_channels(self.model, images[:2], residual=self.residual)
-        self.graph = prove(self.model, graph, images[:2])
-        return self.graph.groups
+        return channel_surgery(self.model, images[:TRIED_IMAGES], residual=self.residual)
+
+    @property
+    def graph(self) -> ChannelGraph:
+        """Return the traced model."""
+        return self.surgery.graph
 
     def limits(self, budget: Budget, seq_len: int) -> list[Limit]:
         return channel_limits(budget, self.graph, sum(p.numel() for p in self.model.parameters()))

@@ -14,14 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from . import modeling_sliced
-from .archs import arch_of, check_config
+from .archs import check_prunable, config_of
 from .bundle import Bundle, Variant, disk_errors, sha256_file
 from .errors import BundleError, InputError, SystemStateError, UnsupportedModelError
 from .heads import Head
 from .image_settings import SETTINGS
 from .images import ImageProcessor, check_fit
-from .masking import OutputWeights, mask_model, scatter
+from .masking import OutputWeights
+from .module_checkpoint import FILE, WEIGHTS, ModuleConfig, load_module, read_module_config, save_module
 from .signature import Signature, image_signature, takes_images
+from .surgery import ChannelSurgery, surgery_of_plan
 from .tasks.base import HeadKind
 
 AUTO_CLASSES: dict[HeadKind, str] = {
@@ -44,6 +46,11 @@ class Dense:
     sha256: str
 
     @property
+    def config(self) -> Any:
+        """Return the model's transformers config, or its `ModuleConfig`."""
+        return config_of(self.model)
+
+    @property
     def pad_id(self) -> int:
         """Return the token id that rows are padded with; 0 for images."""
         return int(getattr(self.processor, "pad_token_id", None) or 0)
@@ -62,8 +69,9 @@ class Dense:
 def load_config(source: str) -> Any:
     """Read a model's config and refuse what cannot be pruned. Raises InputError or UnsupportedModelError."""
     with _loading(source):
-        config = transformers.AutoConfig.from_pretrained(source)
-    check_config(config)
+        folder = _module_folder(source)
+        config: Any = read_module_config(folder) if folder else transformers.AutoConfig.from_pretrained(source)
+    check_prunable(config)
     return config
 
 
@@ -77,6 +85,10 @@ def load_dense(source: str, head: HeadKind) -> Dense:
     images = takes_images(config)
     if images and head != "classification":
         raise InputError(f"{source} takes images: it can only classify them here.", hint="Name an image task.")
+    if isinstance(config, ModuleConfig):
+        model = load_module(str(_module_folder(source)))
+        check_weights(model, source)
+        return Dense(model, load_processor(source, config), source, _hash_source(source))
     auto = getattr(transformers, IMAGE_CLASS if images else AUTO_CLASSES[head])
     with _loading(source), quiet_transformers():
         model, info = auto.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
@@ -97,10 +109,12 @@ def load_processor(source: str, config: Any) -> Any:
     """Load the tokenizer or image processor of a checkpoint, from a hub id or a local folder."""
     if not takes_images(config):
         return transformers.AutoTokenizer.from_pretrained(source)
+    if getattr(config, "processor", None):
+        return ImageProcessor.from_dict(config.processor, config)
     path = transformers.utils.cached_file(source, SETTINGS)
     if path is None:
         raise InputError(f"{source} has no {SETTINGS}.", hint="Save the image processor with the model.")
-    processor = ImageProcessor.from_folder(Path(path).parent)
+    processor = ImageProcessor.from_folder(Path(path).parent, config)
     check_fit(processor, config)
     return processor
 
@@ -120,7 +134,7 @@ def preparing(processor: Any) -> dict[str, Any]:
 def input_signature(model: nn.Module, processor: Any) -> Signature:
     """Return the model inputs that its tokenizer or image processor makes, in the tokenizer's order."""
     if isinstance(processor, ImageProcessor):
-        return image_signature(model.config, processor.output_size)
+        return image_signature(config_of(model), processor.output_size)
     names = ("input_ids", "attention_mask", "token_type_ids")
     return Signature(tuple(n for n in names if n in processor.model_input_names))
 
@@ -128,8 +142,11 @@ def input_signature(model: nn.Module, processor: Any) -> Signature:
 def save_sliced(model: nn.Module, processor: Any, folder: Path) -> list[Path]:
     """Write a sliced model as a transformers folder that also loads with trust_remote_code.
 
-    Returns the files: safetensors, config, tokenizer or image processor, and modeling_sliced.py.
+    Returns the files: safetensors, config, tokenizer or image processor, and modeling_sliced.py; of a model that is
+    no transformer those of `save_module`.
     """
+    if not hasattr(model, "config"):
+        return sorted(save_module(model, folder, processor=processor))
     config: Any = model.config
     stock = type(model).__name__
     auto = next(name for name in (*AUTO_CLASSES.values(), IMAGE_CLASS) if _is_mapped(name, stock))
@@ -163,6 +180,8 @@ class Sliced{stock}(transformers.{stock}):
 
 def load_sliced(folder: Path) -> Any:
     """Rebuild a sliced model from its folder, every tensor strictly as saved."""
+    if (folder / FILE).is_file():
+        return load_module(folder)
     with _loading(str(folder)):
         config = transformers.AutoConfig.from_pretrained(folder)
     spec = getattr(config, "deploy_prune", None)
@@ -210,18 +229,37 @@ def load_variant(bundle: Bundle, variant: Variant = "sliced") -> Any:
 
 def virtual_of(dense: nn.Module, sliced: nn.Module, bundle: Bundle) -> nn.Module:
     """Rebuild the virtual model from the dense one, the plan, and those weights of the sliced one that differ."""
-    groups, plan = arch_of(dense).groups(dense), bundle.plan()
-    if bundle.manifest.plan.get("recovered"):
-        return mask_model(scatter(dense, groups, plan, sliced.state_dict()), groups, plan)
+    plan, image = bundle.plan(), Signature.of_manifest(bundle.manifest.model).image
+    surgery = surgery_of_plan(dense, plan, image)
+    if bundle.manifest.plan.get("recovered") or isinstance(surgery, ChannelSurgery):
+        return surgery.restore(plan, sliced.state_dict())
     updates = {}
-    for g in groups:
+    for g in surgery.groups:
         if g.name in bundle.manifest.plan.get("refitted", []):
             state = sliced.state_dict()
             empty = not plan[g.name].count
             bias = state[f"{g.stand_in if empty else g.consumer}.bias"]
             weight = bias.new_zeros(g.hidden, 0) if empty else state[f"{g.consumer}.weight"]
             updates[g.name] = OutputWeights(weight, bias)
-    return mask_model(dense, groups, plan, updates)
+    return surgery.mask(plan, updates)
+
+
+def _module_folder(source: str) -> Path | None:
+    """Return the local folder of a model that is none of transformers, from the hub if need be, or None."""
+    folder: Path | None = Path(source)
+    if not Path(source).is_dir():
+        found = next(filter(None, (_hub_file(source, name) for name in ("config.json", FILE))), None)
+        folder = Path(found).parent if found else None
+    if folder is None or read_module_config(folder) is None:
+        return None
+    if not (folder / WEIGHTS).is_file() and _hub_file(source, WEIGHTS) is None:
+        raise InputError(f"{source} has no {WEIGHTS}.", hint="Weights in other files are not read: save them so.")
+    return folder
+
+
+def _hub_file(source: str, name: str) -> str | None:
+    path: str | None = transformers.utils.cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    return path
 
 
 def _is_mapped(auto_name: str, class_name: str) -> bool:

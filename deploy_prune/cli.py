@@ -14,9 +14,10 @@ from rich.markup import escape
 
 from . import __version__, cli_gate, cli_lab, screen
 from .bundle import VARIANTS, Bundle, Variant, disk_errors, locked, write_atomically
-from .config import BenchSettings, ExportSettings, Recipe
+from .config import ALLOW_CODE, BenchSettings, ExportSettings, Recipe
 from .errors import DeployPruneError, MissingExtraError, SystemStateError, VerdictError
 from .flags import Json, recipe_command, settings_command, words
+from .signature import Signature
 
 app = typer.Typer(
     name="deploy-prune",
@@ -306,9 +307,15 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _version(
+def _global(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    allow_code: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE", help="Let checkpoints (module.json) call factories of this Python module."),
+    ] = None,
 ) -> None:
+    if allow_code:  # in the environment, so that the processes that measure see it
+        os.environ[ALLOW_CODE] = ",".join(filter(None, [os.environ.get(ALLOW_CODE, ""), *allow_code]))
     if version:
         print(__version__)
         raise typer.Exit
@@ -326,8 +333,9 @@ def _summary(bundle: Bundle) -> None:
     from .runtime_bench.report import summary_rows
 
     budget, task = bundle.manifest.budget, bundle.manifest.task
-    title = f"{bundle.manifest.model.get('name')}, {task.get('name')}, {budget.get('seq_len')} tokens"
-    screen.print_summary(summary_rows(bundle), title)
+    takes = Signature.of_manifest(bundle.manifest.model)
+    title = f"{bundle.manifest.model.get('name')}, {task.get('name')}, {takes.length(budget.get('seq_len'))}"
+    screen.print_summary(summary_rows(bundle), title, takes.part)
 
 
 def _write_report(bundle: Bundle) -> None:

@@ -15,6 +15,7 @@ Settings = TypeVar("Settings", bound=BaseModel)
 MIN_SAMPLES = 64
 DEMO_MODELS = ("demo", "digits-vit")  # what `demo` makes
 DEFAULT_KEEP = 0.5
+ALLOW_CODE = "DEPLOY_PRUNE_ALLOW_CODE"  # environment variable: modules that module.json may call into, by commas
 
 
 def _field(default: Any, description: str, **limits: Any) -> Any:
@@ -151,6 +152,9 @@ class Recipe(ExportSettings):
         None, "Neurons kept at least in every layer (default: a sixteenth with the refit, else 1).", ge=0
     )
 
+    cut_residual: bool = _field(
+        False, "Also cut the channels of residual streams, which many layers share (convolutional networks)."
+    )
     align: int = _field(1, "Keep widths that are multiples of this: 8, 16, 32, 64.", ge=1)
     search: Literal["exact", "paper"] = _field("exact", "exact, or the paper's greedy search.")
     scope: Literal["global", "local"] = Field(
@@ -181,7 +185,9 @@ class Recipe(ExportSettings):
     rearrange: Literal["auto", "sample", "batch", "none"] = _field(
         "auto", "By the Fisher of samples, of mini-batches (the paper's code), or not; auto: not before the refit."
     )
-    compensate: str = _field("refit", "refit, refit-parallel, mask-tuning, mask-tuning-exact or none.")
+    compensate: str = _field(
+        "refit", "refit, refit-parallel, mask-tuning, mask-tuning-exact or none; convolutions also fold and batch-norm."
+    )
     recover_epochs: float | None = _field(
         None, "Distil the pruned model from the dense one, so many times over the rows.", gt=0
     )

@@ -50,16 +50,20 @@ class Distillation(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Return the mean loss of a batch, on whose inputs (B, T) both models run."""
+        if not self.weights.hidden:
+            targets = self.targets(inputs)
+            with self.autocast():
+                outputs = self.head.outputs(self.student, inputs)
+            return {"loss": self.outputs_loss(outputs, targets, mask, labels).mean()}
         with self.autocast():
             with torch.no_grad():
                 wanted = self._teacher[0](**inputs, output_hidden_states=True)
             found = self.student(**inputs, output_hidden_states=True)
         targets = self.head.read(wanted, inputs)
         loss = self.outputs_loss(self.head.read(found, inputs), targets, mask, labels).mean()
-        if self.weights.hidden:
-            pairs = zip(found.hidden_states, wanted.hidden_states, strict=True)
-            loss = loss + self.weights.hidden * torch.stack([unexplained(h, y, mask) for h, y in pairs]).mean()
-        return {"loss": loss}
+        pairs = zip(found.hidden_states, wanted.hidden_states, strict=True)
+        missed = torch.stack([unexplained(h, y, mask) for h, y in pairs]).mean()
+        return {"loss": loss + self.weights.hidden * missed}
 
     def outputs_loss(
         self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], mask: Tensor, labels: Tensor | None
@@ -72,10 +76,10 @@ class Distillation(nn.Module):
         return loss
 
     @torch.no_grad()
-    def targets(self, batch: Batch) -> dict[str, Tensor]:
+    def targets(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the teacher's outputs."""
         with self.autocast():
-            return self.head.outputs(self._teacher[0], batch.inputs)
+            return self.head.outputs(self._teacher[0], inputs)
 
     @torch.no_grad()
     def judge(self, batches: Sequence[Batch], targets: Sequence[Mapping[str, Tensor]]) -> float:
@@ -155,7 +159,7 @@ class DistilTrainer(Trainer):
         progress: Progress,
     ) -> None:
         self.feed, self.held, self.plan = feed, held, feed.steps(steps)
-        self.targets = [model.targets(batch) for batch in held]
+        self.targets = [model.targets(batch.inputs) for batch in held]
         cuda, every = model.device.type == "cuda", max(1, steps // EVALUATIONS)
         arguments = TrainingArguments(
             output_dir=str(folder),

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from .archs import arch_of
 from .bundle import Bundle
 from .errors import VerdictError
 from .fidelity import fidelity
@@ -46,7 +45,7 @@ def evaluate(
             share = Share(progress, number * 3 + position, 3 * len(splits))
             outputs[name] = predict(model.to(device), head, rows, pad_id=pad_id, progress=share)
             model.cpu()
-        _check_equal(outputs["virtual"], outputs["sliced"], arch_of(variants.dense).tolerance)
+        _check_equal(outputs["virtual"], outputs["sliced"], variants.surgery.tolerance)
         quality = {name: _quality(data, split, out, outputs["dense"]) for name, out in outputs.items()}
         if number:
             for name, entry in quality.items():
@@ -55,7 +54,7 @@ def evaluate(
         manifest.quality = quality
         manifest.fidelity = _fidelity(head, outputs) if split else {"kl": None, "agreement": None, "virtual": {}}
         manifest.fidelity |= {"n": len(rows), "split": split_name}
-        for case in golden_cases(variants, head, rows, pad_id):
+        for case in golden_cases(variants.items(), head, rows, pad_id):
             bundle.add_golden(case)
         count = len(rows)
     return count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,32 +14,34 @@ from .bundle import GoldenCase
 from .heads import Head
 from .signature import PIXELS, Signature
 from .tasks.base import Row
-from .variants import Variants
 
 
-def golden_cases(variants: Variants, head: Head, rows: Sequence[Row], pad_id: int) -> list[GoldenCase]:
-    """Make golden cases from evaluation rows: one row, a padded batch, and a batch padded beyond its rows.
+def golden_cases(models: Mapping[str, nn.Module], head: Head, rows: Sequence[Row], pad_id: int) -> list[GoldenCase]:
+    """Make golden cases of models from evaluation rows: one row, a padded batch, and a batch padded beyond its rows.
 
     Images are not padded: their cases differ in the number of rows.
     """
     cases = []
     shapes = ((rows[:1], 0), (rows[1:5] or rows[:1], 0), (rows[5:7] or rows[:1], 7))
-    limit = max_positions(variants.dense)
     for chosen, extra in shapes:
         unlabelled = [Row(r.features, tokens=r.tokens) for r in chosen]
         batch = Batches(unlabelled, head, pad_id).collate(list(range(len(chosen))))
-        extra = 0 if PIXELS in batch.inputs else max(0, min(extra, limit - batch.mask.shape[1]))
+        extra = 0 if PIXELS in batch.inputs else max(0, min(extra, _positions(models) - batch.mask.shape[1]))
         inputs = {
             name: torch.nn.functional.pad(t, (0, extra), value=pad_id if name == "input_ids" else 0)
             for name, t in batch.inputs.items()
         }
         case = GoldenCase({name: t.numpy() for name, t in inputs.items()}, {})
         with torch.inference_mode():
-            for name, model in variants.items().items():
+            for name, model in models.items():
                 outputs = head.outputs(model, inputs)
                 case.outputs[name] = {k: v.float().numpy().copy() for k, v in outputs.items()}
         cases.append(case)
     return cases
+
+
+def _positions(models: Mapping[str, nn.Module]) -> int:
+    return min(max_positions(model) for model in models.values())
 
 
 def random_rows(model: nn.Module, signature: Signature, pad_id: int) -> list[Row]:

@@ -41,13 +41,15 @@ class ImageProcessor:
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False)  # as the file gave them
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> ImageProcessor:
-        """Read a checkpoint's preprocessor_config.json, and the model's own size from its config.json.
+    def from_folder(cls, folder: str | Path, config: Any = None) -> ImageProcessor:
+        """Read a checkpoint's preprocessor_config.json, and the model's own size from `config` or its config.json.
 
         Raises InputError where there is none or it is not JSON; else as `from_dict`.
         """
-        config = _read_json(Path(folder) / "config.json") if (Path(folder) / "config.json").is_file() else {}
-        return cls.from_dict(_read_json(Path(folder) / SETTINGS), SimpleNamespace(**config))
+        own = Path(folder) / "config.json"
+        if config is None:
+            config = SimpleNamespace(**(_read_json(own) if own.is_file() else {}))
+        return cls.from_dict(_read_json(Path(folder) / SETTINGS), config)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], config: Any = None) -> ImageProcessor:

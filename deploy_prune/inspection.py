@@ -8,6 +8,7 @@ from rich.table import Table
 
 from .bundle import Bundle
 from .screen import out
+from .signature import Signature
 
 NOTED = ("samples", "method", "criterion", "skipped", "epochs", "loss_before", "loss_after", "kept")
 
@@ -22,10 +23,11 @@ def print_bundle(bundle: Bundle) -> None:
     manifest = bundle.manifest
     out.print(f"[bold]{bundle.root}[/]  schema {manifest.schema_version}", highlight=False)
     model, task, budget = manifest.model, manifest.task, manifest.budget
+    takes = Signature.of_manifest(model)
     out.print(f"{model.get('architecture')} from {model.get('source')}", highlight=False, soft_wrap=True)
     out.print(
         f"task {task.get('name')}, {budget.get('kind')} budget, keep {budget.get('keep'):.4g}"
-        f" at {budget.get('seq_len')} tokens, plan {manifest.plan.get('hash', '')[:12]}",
+        f" at {takes.length(budget.get('seq_len'))}, plan {manifest.plan.get('hash', '')[:12]}",
         highlight=False,
     )
 
@@ -36,12 +38,13 @@ def print_bundle(bundle: Bundle) -> None:
             highlight=False,
         )
 
-    plan = Table("layer", "heads", "neurons", title="Kept units", title_justify="left")
+    kinds = list(dict.fromkeys(kind for layer in manifest.plan["total"] for kind in layer))
+    plan = Table("layer", *kinds, title="Kept units", title_justify="left")
     for number, (kept, total) in enumerate(zip(manifest.plan["layers"], manifest.plan["total"], strict=True)):
-        plan.add_row(str(number), *(f"{kept[k]} of {total[k]}" for k in ("heads", "neurons")))
+        plan.add_row(str(number), *(f"{kept[k]} of {total[k]}" for k in kinds))
     out.print(plan)
 
-    costs = Table("", "FLOPs", "encoder FLOPs", "parameters", "weight bytes", "quality", title="Variants")
+    costs = Table("", "FLOPs", f"{takes.part} FLOPs", "parameters", "weight bytes", "quality", title="Variants")
     costs.title_justify = "left"
     for name, counts in manifest.counts.items():
         quality = manifest.quality.get(name, {})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from .archs import is_convolutional
 from .calibration import sample_indices
 from .checkpoint import Dense
 from .config import Recipe
@@ -16,7 +17,6 @@ from .depth import Depth, choose, without
 from .heads import Head
 from .progress import Reporter
 from .recover import MOST_ROWS, Recovery, recover
-from .slicing import slice_model
 from .stages import PrunedPlan, Recorder
 from .tasks.base import Row, TaskData
 
@@ -44,9 +44,7 @@ class Late:
         depth = Depth.of(self.recipe) if self.recipe.depth_order == "after" else Depth()
         if not (self.recipe.recovers or depth):
             return pruned, None
-        student = pruned.sliced
-        if student is None:
-            student = slice_model(self.dense.model, pruned.groups, pruned.plan, pruned.updates)
+        student = pruned.slice()
         kept = self.recipe.recovers and self._recover(student, "recover")
         if not depth:
             return pruned, student if kept else None
@@ -63,7 +61,7 @@ class Late:
                 self.dense.model,
                 self.head,
                 train.encode(sample_indices(len(train), recipe.recover_samples or MOST_ROWS, recipe.seed)),
-                Recovery.of(recipe),
+                Recovery.of(recipe, hidden=not is_convolutional(student)),
                 pad_id=self.dense.pad_id,
                 folder=self.scratch / name.replace(" ", "-"),
                 progress=progress,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .bundle import Bundle, Manifest
+from .bundle import VARIANTS, Bundle, Manifest
 from .checkpoint import save_sliced
 from .config import BenchSettings
 from .errors import SystemStateError
@@ -21,8 +21,6 @@ from .runtime_bench.bench import Place, time_subjects
 from .runtime_bench.stats import Ratio, ratio_of_medians, summarise_ms
 from .runtime_bench.subjects import Subject
 from .signature import Signature
-from .units import SlicePlan
-from .variants import Variants
 
 FORMAT_OF = {"ort-cpu": "onnx"}  # what a runtime reads; the others load the checkpoint
 
@@ -55,8 +53,9 @@ class Stage:
         bundle.manifest.task = {"head": self.head.kind, "pooling": self.head.pooling}
         for path in save_sliced(model, processor, root / "sliced"):
             bundle.register(str(path.relative_to(root)))
-        alone = Variants(model, model, model, (), SlicePlan(()), [])
-        for case in golden_cases(alone, self.head, random_rows(model, signature, pad_id), pad_id):
+        for case in golden_cases(
+            dict.fromkeys(VARIANTS, model), self.head, random_rows(model, signature, pad_id), pad_id
+        ):
             bundle.add_golden(case)
         if self.runtime in FORMAT_OF:
             export_bundle(

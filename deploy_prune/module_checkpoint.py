@@ -1,44 +1,119 @@
-"""Sliced models that are no transformers: safetensors, the factory that makes the dense class, and the cut sizes.
+"""Checkpoints of models that are no transformers: weights, the factory that makes the dense class, the cut sizes.
 
-    model.safetensors   the weights
-    sliced.json         {"format": "deploy-prune-module", "version": 1, "factory": "torchvision.models.resnet18",
-                         "kwargs": {...}, "spec": {"plan_hash": ..., "channels": {"inputs": {...}, "outputs": {...}}}}
+    model.safetensors         the weights
+    preprocessor_config.json  how images are prepared, as transformers writes it
+    module.json               {"format": "deploy-prune-module", "version": 1, "factory": "torchvision.models.resnet18",
+                               "kwargs": {...}, "image": [3, 224, 224], "labels": [...], "spec": {...} or null}
 
-`inputs` and `outputs` map the path of every module that was cut to what is left of its input and output features.
+`spec` is null for a dense model, else {"plan_hash": ..., "channels": {"inputs": {...}, "outputs": {...}}}, which map
+the path of every module that was cut to what is left of its input and output features. Folders as timm writes them to
+the hub (config.json with an "architecture") are read as dense models too.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .bundle import disk_errors
-from .errors import BundleError, InputError
+from .config import ALLOW_CODE
+from .errors import BundleError, InputError, UnsupportedModelError
+from .image_settings import SETTINGS
 from .modeling_sliced import resize
 
 FORMAT, VERSION = "deploy-prune-module", 1
-SPEC, WEIGHTS = "sliced.json", "model.safetensors"
+FILE, WEIGHTS = "module.json", "model.safetensors"
 LOADING = ("weights", "weights_backbone", "pretrained", "checkpoint_path")  # arguments that fetch or read weights
+TIMM = "timm.create_model"
+_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
+
+
+@dataclass(frozen=True)
+class ModuleConfig:
+    """Say how a model's class is made and what it takes; the names below are those of a transformers config."""
+
+    factory: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    image: tuple[int, int, int] = (3, 224, 224)
+    labels: tuple[str, ...] = ()
+    spec: Mapping[str, Any] | None = None
+    processor: Mapping[str, Any] | None = None  # preprocessor_config.json where the folder has none
+
+    @property
+    def deploy_prune(self) -> Mapping[str, Any] | None:
+        return self.spec
+
+    @property
+    def model_type(self) -> str:
+        return str(self.kwargs.get("model_name", self.factory.rpartition(".")[2]))
+
+    @property
+    def architectures(self) -> list[str]:
+        return [f"{self.model_type}ForImageClassification"]
+
+    @property
+    def num_channels(self) -> int:
+        return self.image[0]
+
+    @property
+    def image_size(self) -> list[int]:
+        return list(self.image[1:])
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.labels)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        return dict(enumerate(self.labels))
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        return {label: number for number, label in enumerate(self.labels)}
 
 
 def save_module(
-    model: nn.Module, folder: str | Path, factory: str, kwargs: Mapping[str, Any] | None = None
+    model: nn.Module,
+    folder: str | Path,
+    factory: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    image: tuple[int, int, int] | None = None,
+    labels: Sequence[str] | None = None,
+    processor: Any = None,
 ) -> list[Path]:
-    """Write a sliced model, and how to make its class: a factory's dotted name and its arguments (plain JSON).
+    """Write a dense or sliced model, and how to make its class: a factory's dotted name and its arguments.
 
-    Returns the files. Raises InputError for a model that was not sliced, or arguments that JSON cannot hold.
+    `image` is the size (C, H, W) of what it takes, `labels` name its classes, `processor` is what prepares its images;
+    what is left out is as the model was loaded. Returns the files.
+    Raises InputError where the factory is not known, or its arguments are no plain JSON.
     """
-    spec = getattr(model, "deploy_prune", None)
-    if not spec:
-        raise InputError(f"This {type(model).__name__} was not sliced.", hint="Give what slice_model returned.")
-    entry = {"format": FORMAT, "version": VERSION, "factory": factory, "kwargs": dict(kwargs or {}), "spec": spec}
+    own = getattr(model, "module_config", None)
+    if factory is None and own is None:
+        raise InputError(
+            f"It is not known how this {type(model).__name__} is made.", hint="Name the factory, 'module.function'."
+        )
+    config = own or ModuleConfig(str(factory))
+    entry = {
+        "format": FORMAT,
+        "version": VERSION,
+        "factory": factory or config.factory,
+        "kwargs": dict(config.kwargs if kwargs is None else kwargs),
+        "image": list(image or config.image),
+        "labels": list(config.labels if labels is None else labels),
+        "spec": getattr(model, "deploy_prune", None),
+    }
     try:
         text = json.dumps(entry, indent=1) + "\n"
     except TypeError as error:
@@ -50,56 +125,113 @@ def save_module(
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / SPEC).write_text(text, encoding="utf-8")
-    return [folder / WEIGHTS, folder / SPEC]
+        (folder / FILE).write_text(text, encoding="utf-8")
+        if processor is not None:
+            processor.save_pretrained(folder)
+    return [folder / WEIGHTS, folder / FILE, *([folder / SETTINGS] if processor is not None else [])]
 
 
 def load_module(
     folder: str | Path, factory: Callable[..., nn.Module] | None = None, *, allow: Sequence[str] = ()
 ) -> nn.Module:
-    """Rebuild a sliced model from its folder, every tensor strictly as saved.
+    """Rebuild a dense or sliced model from its folder, every tensor strictly as saved, in evaluation mode.
 
     The class comes from `factory` where it is given, else from the name in the folder. Calling what a folder names
     runs code, so that only torchvision's registered models and timm.create_model are called, without weights of their
-    own, and what lies in the modules that `allow` names.
+    own, and what lies in the modules that `allow`, or the environment's DEPLOY_PRUNE_ALLOW_CODE, names.
     Raises BundleError for a folder that is damaged, InputError for a factory that is not allowed or not there.
     """
     folder = Path(folder)
-    entry = _read(folder / SPEC)
-    kwargs = {k: v for k, v in entry["kwargs"].items() if k not in LOADING}
-    model = (factory or _factory(entry["factory"], allow))(**kwargs)
-    spec = entry["spec"]
+    config = read_module_config(folder)
+    if config is None:
+        raise BundleError(f"No {FILE} in {folder}.", hint="Save the model by save_module.")
+    kwargs = {k: v for k, v in config.kwargs.items() if k not in LOADING}
+    model = (factory or _factory(config.factory, [*allow, *_allowed()]))(**kwargs)
     try:
-        resize(model, spec)
+        if config.spec:
+            resize(model, dict(config.spec))
         model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
-    except (RuntimeError, OSError, AttributeError) as error:
+    except (RuntimeError, OSError, AttributeError, KeyError, SafetensorError) as error:
         raise BundleError(
-            f"{folder} does not hold the weights its {SPEC} describes: {str(error).splitlines()[0]}",
-            hint=f"Is {entry['factory']} the factory, of the same version, that the model was made by?",
+            f"{folder} does not hold the weights its {FILE} describes: {str(error).splitlines()[0]}",
+            hint=f"Is {config.factory} the factory, of the same version, that the model was made by?",
         ) from error
-    model.deploy_prune = spec
+    if config.spec:
+        model.deploy_prune = dict(config.spec)  # type: ignore[assignment]
+    model.module_config = config  # type: ignore[assignment]
     return model.eval()
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_module_config(folder: str | Path) -> ModuleConfig | None:
+    """Return how the model in a folder is made, or None where the folder is one of transformers.
+
+    Raises BundleError where its file is damaged.
+    """
+    folder = Path(folder)
+    if (folder / FILE).is_file():
+        return _own_config(folder / FILE)
+    other = folder / "config.json"
+    entry = _json(other) if other.is_file() else {}
+    return _timm_config(entry) if "architecture" in entry and "model_type" not in entry else None
+
+
+def _own_config(path: Path) -> ModuleConfig:
+    entry = _json(path)
+    if entry.get("format") != FORMAT:
+        raise BundleError(f"{path} does not describe a module.", hint="Save it by save_module.")
+    missing = {"factory", "kwargs", "image", "labels", "spec"} - set(entry)
+    if missing:
+        raise BundleError(f"{path} lacks {', '.join(sorted(missing))}.")
+    try:
+        if int(entry["version"]) > VERSION:
+            raise BundleError(f"{path} is of version {entry['version']}, newer than this package reads ({VERSION}).")
+        channels, height, width = (int(n) for n in entry["image"])
+        kwargs, labels = dict(entry["kwargs"]), tuple(str(x) for x in entry["labels"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{path} is damaged: {error}") from error
+    return ModuleConfig(str(entry["factory"]), kwargs, (channels, height, width), labels, entry["spec"])
+
+
+def _timm_config(entry: Mapping[str, Any]) -> ModuleConfig:
+    """Read a folder that timm wrote. Source: timm, models/_hub.py and data/transforms_factory.py."""
+    cfg = {**entry, **(entry.get("pretrained_cfg") or {})}
+    size = tuple(int(n) for n in cfg.get("input_size", (3, 224, 224)))
+    if len(size) != 3 or size[1] != size[2]:
+        raise UnsupportedModelError(f"The model's images are {size}; only square ones are handled of timm's models.")
+    mode, filtered = cfg.get("crop_mode") or "center", cfg.get("interpolation", "bicubic")
+    if mode != "center" or filtered not in _FILTERS:
+        raise UnsupportedModelError(f"timm's crop_mode '{mode}' with interpolation '{filtered}' is not followed here.")
+    edge = math.floor(size[1] / float(cfg.get("crop_pct") or 0.875))
+    labels = cfg.get("label_names") or [f"LABEL_{n}" for n in range(int(cfg["num_classes"]))]
+    processor = {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": edge},
+        "crop_size": {"height": size[1], "width": size[2]},
+        "resample": _FILTERS[filtered],
+        "image_mean": list(cfg["mean"]),
+        "image_std": list(cfg["std"]),
+        "do_convert_rgb": size[0] == 3,
+    }
+    kwargs = {**(entry.get("model_args") or {}), "model_name": cfg["architecture"], "num_classes": cfg["num_classes"]}
+    return ModuleConfig(TIMM, kwargs, (size[0], size[1], size[2]), tuple(map(str, labels)), processor=processor)
+
+
+def _json(path: Path) -> dict[str, Any]:
     try:
         entry = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise BundleError(f"No {path.name} that can be read in {path.parent}: {error}") from error
-    if not isinstance(entry, dict) or entry.get("format") != FORMAT:
-        raise BundleError(f"{path} does not describe a sliced module.", hint="Save it by save_module.")
-    if int(entry.get("version", 0)) > VERSION:
-        raise BundleError(f"{path} is of version {entry['version']}, newer than this package reads ({VERSION}).")
-    missing = {"factory", "kwargs", "spec"} - set(entry)
-    if missing:
-        raise BundleError(f"{path} lacks {', '.join(sorted(missing))}.")
-    return entry
+    return entry if isinstance(entry, dict) else {}
+
+
+def _allowed() -> list[str]:
+    return [name.strip() for name in os.environ.get(ALLOW_CODE, "").split(",") if name.strip()]
 
 
 def _factory(name: str, allow: Sequence[str]) -> Callable[..., nn.Module]:
     module, _, attribute = name.rpartition(".")
     try:
-        if name == "timm.create_model":
+        if name == TIMM:
             return partial(importlib.import_module("timm").create_model, pretrained=False)
         if module == "torchvision.models":
             return partial(importlib.import_module(module).get_model, attribute, weights=None)
@@ -109,5 +241,5 @@ def _factory(name: str, allow: Sequence[str]) -> Callable[..., nn.Module]:
         raise InputError(f"The factory {name} is not there: {error}.", hint="Install its package.") from error
     raise InputError(
         f"The folder asks to call {name}, which would run that module's code.",
-        hint="Give the factory itself (factory=...), or allow its module by allow=('...',) if you trust it.",
+        hint=f"If you trust it, allow its module: deploy-prune --allow-code {module} ..., or {ALLOW_CODE}={module}.",
     )

@@ -11,17 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from . import __version__
-from .archs import arch_of, max_positions
+from .archs import is_convolutional, max_positions
 from .bundle import VARIANTS, Artifact, Bundle, Stage, disk_errors, publish, staging, write_atomically
 from .calibration import sample_indices
 from .checkpoint import Dense, load_config, load_dense, save_sliced
 from .config import DEMO_MODELS, MIN_SAMPLES, BenchSettings, Recipe
-from .costs import Budget, encoder_flops
+from .costs import Budget
 from .depth import Depth
 from .errors import BundleError, InputError, VerdictError
 from .evaluate import evaluate
@@ -32,10 +31,11 @@ from .progress import Reporter, Silent
 from .pruner import prune_rows
 from .signature import Signature
 from .stages import Options, PrunedPlan, Recorder, resolve_device
+from .surgery import surgery_of
 from .tasks import check_task, data_has_pair, infer_task, load_task, task_head
 from .tasks.base import Row, TaskData
 from .tasks.registry import model_head, model_modality
-from .units import SlicePlan
+from .units import MaskSet, SlicePlan
 from .variants import Variants, count_variants, make_variants
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
         data = load_task(
             task_name,
             **dense.preparing,
-            config=dense.model.config,
+            config=dense.config,
             data=recipe.data,
             max_length=recipe.max_length,
             text_column=recipe.text_column,
@@ -75,6 +75,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
         if recipe.recover_label_share and not data.train.labelled:
             raise InputError("Recovery was to use labels, but the training rows have none.", hint="Leave them out.")
         _check_length(recipe.seq_len, dense)
+        _check_channels(recipe, dense)
 
         dense.model.to(device)
         budget = _budget(recipe)
@@ -84,6 +85,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
             rows,
             budget,
             pad_id=dense.pad_id,
+            residual=recipe.cut_residual,
             options=Options(
                 criterion=recipe.criterion,
                 rearrange=recipe.rearrange,
@@ -108,7 +110,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
         late = Late(recipe, dense, head, data, rows, label_free, budget, scratch, recorder, reporter)
         pruned, recovered = late(pruned)
         with recorder.stage("slice"):
-            variants = make_variants(dense.model, pruned.groups, pruned.plan, pruned.updates, recovered)
+            variants = make_variants(pruned.surgery, pruned.plan, pruned.updates, recovered)
         bundle.manifest.budget = _budget_entry(pruned)
         bundle.manifest.recipe = recipe.model_dump(mode="json")
         bundle.manifest.task = _task_entry(task_name, head, data)
@@ -161,15 +163,15 @@ def slice_given(
         task_data = None
         if data is not None:
             task = task or _infer_task(config, data)
-            task_data = load_task(task, **dense.preparing, config=dense.model.config, data=data)
+            task_data = load_task(task, **dense.preparing, config=dense.config, data=data)
         seq_len = seq_len or dense.signature.tokens or min(128, max_positions(dense.model))
         _check_length(seq_len, dense)
         recorder = Recorder(torch.device("cpu"))
-        groups = arch_of(dense.model).groups(dense.model)
-        plan = SlicePlan.from_masks(groups, read_masks(masks, groups))
+        surgery = surgery_of(dense.model, dense.signature.image, residual=True)
+        plan = SlicePlan.from_masks(surgery.groups, read_masks(masks, surgery.groups))
         with recorder.stage("slice"):
-            variants = make_variants(dense.model, groups, plan, {})
-        share = encoder_flops(groups, seq_len, plan) / encoder_flops(groups, seq_len)
+            variants = make_variants(surgery, plan)
+        share = surgery.flops(seq_len, plan) / surgery.flops(seq_len)
         bundle.manifest.budget = {"kind": "masks", "keep": share, "seq_len": seq_len}
         bundle.manifest.task = _task_entry(task, head, task_data)
         recipe = Recipe(model=model, task=task, data=data, out=str(out))
@@ -323,6 +325,15 @@ def _check_length(seq_len: int | None, dense: Dense) -> None:
         raise InputError(f"seq_len {seq_len} is longer than the model's {limit} positions.", hint="Use a shorter one.")
 
 
+def _check_channels(recipe: Recipe, dense: Dense) -> None:
+    """Raise InputError, before anything is computed, for what a recipe asks of another kind of model."""
+    if is_convolutional(dense.model):
+        if recipe.drop_layers or recipe.drop_sublayers:
+            raise InputError("Whole blocks of a convolutional network cannot be left out.", hint="Cut channels alone.")
+    elif recipe.cut_residual:
+        raise InputError("--cut-residual is for convolutional networks.", hint="Leave it out.")
+
+
 def _label_free(recipe: Recipe, data: TaskData) -> bool:
     if data.head == "embedding":
         return True
@@ -367,7 +378,7 @@ def _fill(bundle: Bundle, variants: Variants, dense: Dense, head: Head, name: st
         "name": name,
         "source": dense.source,
         "sha256": dense.sha256,
-        "model_type": arch_of(variants.dense).name,
+        "model_type": variants.surgery.name,
         "architecture": type(variants.dense).__name__,
         **dense.signature.entry(),
         "pad_id": dense.pad_id,
@@ -375,9 +386,7 @@ def _fill(bundle: Bundle, variants: Variants, dense: Dense, head: Head, name: st
     manifest.plan = {
         "hash": plan.hash,
         "layers": plan.layer_counts(),
-        "total": SlicePlan.from_masks(
-            variants.groups, {g.name: np.ones(g.size) for g in variants.groups}
-        ).layer_counts(),
+        "total": SlicePlan.from_masks(variants.surgery.groups, MaskSet.ones(variants.surgery.groups)).layer_counts(),
         "refitted": variants.refitted,
         "recovered": variants.recovered,
     }

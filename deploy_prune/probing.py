@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from .archs import check_config, max_positions
+from .archs import check_config, is_convolutional, max_positions
 from .checkpoint import load_config, load_dense
 from .errors import InputError
 from .heads import Head
@@ -52,6 +52,8 @@ def probe(
     source = str(Path(model).resolve()) if Path(model).is_dir() else model
     head = Head(model_head(load_config(source)))
     dense = load_dense(source, head.kind)
+    if is_convolutional(dense.model):
+        raise InputError("Latency tables of convolutional networks are not there.", hint="Use a budget of FLOPs.")
     if (tokens := dense.signature.tokens) is not None:
         seq = tokens
     elif seq > (limit := max_positions(dense.model)):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .archs import check_config, is_convolutional
+from .archs import is_convolutional
 from .batches import Batches
 from .calibration import CalibrationStats, calibrate, check_finite
 from .compensate import Solver, SweepResult, get_solver, sweep
@@ -28,6 +28,7 @@ from .rearrange import rearrange
 from .search import Search, search
 from .slicing import slice_model
 from .stages import DTYPES, REFITS, Options, PrunedPlan, Recorder
+from .surgery import Surgery, surgery_of
 from .tasks.base import Row
 from .teacher import Teacher, state_bytes
 from .units import GroupPlan, SlicePlan, Units
@@ -39,8 +40,6 @@ class Pruner:
     What does not depend on the budget is done once: the calibration's pass, every criterion's scores, and the run of
     the dense model that the refit follows.
     """
-
-    graph: Any = None  # of a convolutional network
 
     def __init__(
         self,
@@ -56,14 +55,15 @@ class Pruner:
         self.reporter = reporter or Silent()
         self.batches = Batches(rows, head, pad_id)
         self.device = next(model.parameters()).device
-        self.groups = self.find_groups()
+        self.surgery = self.find_surgery()
+        self.groups = self.surgery.groups
         self._calibrated: dict[tuple[Any, ...], tuple[CalibrationStats, dict[str, Any]]] = {}
         self._scored: dict[tuple[Any, ...], tuple[Scores, dict[str, Any]]] = {}
         self._dense: Teacher | None = None
 
-    def find_groups(self) -> tuple[Any, ...]:
-        """Return what can be cut."""
-        return check_config(self.model.config).groups(self.model)
+    def find_surgery(self) -> Surgery:
+        """Return what can be cut, and how."""
+        return surgery_of(self.model)
 
     def limits(self, budget: Budget, seq_len: int) -> list[Limit]:
         """Return one limit per bound cost."""
@@ -125,7 +125,7 @@ class Pruner:
                 }
 
         reached = [_reached(limit, found) for limit in limits]
-        result = PrunedPlan(plan, self.groups, seq_len, reached, stages=recorder.records, graph=self.graph)
+        result = PrunedPlan(plan, self.surgery, seq_len, reached, stages=recorder.records)
         if options.compensate == "none" or stats is None:
             recorder.skip("compensate", "switched off")
         else:
@@ -317,11 +317,13 @@ def prune_rows(
     budget: Budget,
     *,
     pad_id: int = 0,
+    residual: bool = False,
     options: Options | None = None,
     reporter: Reporter | None = None,
 ) -> PrunedPlan:
     """Prune once; see `Pruner.prune`."""
-    return pruner_of(model)(model, head, rows, pad_id=pad_id, reporter=reporter).prune(budget, options)
+    kind = pruner_of(model)
+    return kind(model, head, rows, pad_id=pad_id, residual=residual, reporter=reporter).prune(budget, options)
 
 
 def pruner_of(model: nn.Module) -> type[Pruner]:

@@ -55,14 +55,14 @@ class Recovery:
     seed: int = 0
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Recovery:
-        """Return the settings of a recipe that switches recovery on."""
+    def of(cls, recipe: Recipe, *, hidden: bool = True) -> Recovery:
+        """Return the settings of a recipe that switches recovery on; without `hidden` outputs alone are followed."""
         return cls(
             epochs=recipe.recover_epochs,
             minutes=recipe.recover_minutes,
             lr=recipe.recover_lr,
             batch_rows=recipe.recover_batch,
-            weights=Weights(labels=recipe.recover_label_share),
+            weights=Weights(hidden=float(hidden), labels=recipe.recover_label_share),
             seed=recipe.seed,
         )
 

@@ -106,7 +106,7 @@ def print_latency_table(table: LatencyTable) -> None:
     out.print(grid)
 
 
-def print_summary(rows: Sequence[dict[str, Any]], where: str) -> None:
+def print_summary(rows: Sequence[dict[str, Any]], where: str, part: str = "encoder") -> None:
     """Print the closing table: dense, virtual and sliced side by side, one measurement a line."""
     table = Table(title=f"{where}", title_justify="left")
     table.add_column("")
@@ -118,7 +118,7 @@ def print_summary(rows: Sequence[dict[str, Any]], where: str) -> None:
             table.add_row(name, *values)
 
     line("FLOPs", [_flops(r["flops"]) for r in rows])
-    line("encoder FLOPs kept", ["-" if r["keep_flops"] is None else f"{100 * r['keep_flops']:.1f}%" for r in rows])
+    line(f"{part} FLOPs kept", ["-" if r["keep_flops"] is None else f"{100 * r['keep_flops']:.1f}%" for r in rows])
     line("parameters", [_scaled(r["params"], 1e6, "M") for r in rows])
     line("weights", [_scaled(r["weight_bytes"], 1e6, "MB") for r in rows])
     names = list(dict.fromkeys((s["runtime"], s["batch"], s["seq"]) for r in rows for s in r["runtimes"]))

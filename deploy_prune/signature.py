@@ -46,6 +46,17 @@ class Signature:
         """Return every input's axes; those with a name are free."""
         return ("batch", *self.image) if self.image else ("batch", "sequence")
 
+    @property
+    def part(self) -> str:
+        """Say which part of the model the budget is a share of."""
+        return "network" if self.image and self.tokens == 1 else "encoder"
+
+    def length(self, seq: Any) -> str:
+        """Say at which length FLOPs are counted: tokens, or of a convolutional network the image's size."""
+        if self.image and self.tokens == 1:
+            return f"{self.image[1]} x {self.image[2]} pixels"
+        return f"{seq} tokens"
+
     def shape(self, batch: int, seq: int) -> tuple[int, ...]:
         """Return every input's shape. Raises InputError for a length that an image model does not have."""
         if self.image is None:

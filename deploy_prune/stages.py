@@ -15,6 +15,7 @@ from .depth import Depth
 from .errors import InputError, SystemStateError
 from .masking import OutputWeights
 from .search import Minimum
+from .surgery import Surgery
 from .units import SlicePlan, Units
 
 REFIT_NEURON_SHARE = 1 / 16  # of a layer's neurons or channels, kept at least when the refit follows
@@ -76,13 +77,21 @@ class PrunedPlan:
     """Hold what pruning decided: the plan, the refitted output projections, and the record of each stage."""
 
     plan: SlicePlan
-    groups: tuple[Any, ...]  # UnitGroup, or ChannelGroup with a graph
+    surgery: Surgery
     seq_len: int
     limits: list[dict[str, Any]] = field(default_factory=list)
     updates: dict[str, OutputWeights] = field(default_factory=dict)
     stages: list[dict[str, Any]] = field(default_factory=list)
     sliced: nn.Module | None = None
-    graph: Any = None
+
+    @property
+    def groups(self) -> tuple[Any, ...]:
+        """Return what could be cut: `UnitGroup`s or `ChannelGroup`s."""
+        return self.surgery.groups
+
+    def slice(self) -> nn.Module:
+        """Return the sliced and compensated model."""
+        return self.surgery.slice(self.plan, self.updates) if self.sliced is None else self.sliced
 
     @property
     def hash(self) -> str:

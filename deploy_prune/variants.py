@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from .costs import encoder_flops, removed_params
 from .heads import Head
-from .masking import OutputWeights, mask_model, scatter
+from .masking import OutputWeights, Updates
 from .signature import Signature
-from .slicing import slice_model
-from .units import SlicePlan, UnitGroup
+from .surgery import Surgery
+from .units import SlicePlan
 
 
 @dataclass
@@ -23,7 +21,7 @@ class Variants:
     dense: nn.Module
     virtual: nn.Module
     sliced: nn.Module
-    groups: tuple[UnitGroup, ...]
+    surgery: Surgery
     plan: SlicePlan
     refitted: list[str]
     recovered: bool = False
@@ -33,25 +31,20 @@ class Variants:
 
 
 def make_variants(
-    model: nn.Module,
-    groups: tuple[UnitGroup, ...],
-    plan: SlicePlan,
-    updates: Mapping[str, OutputWeights],
-    recovered: nn.Module | None = None,
+    surgery: Surgery, plan: SlicePlan, updates: Updates | None = None, recovered: nn.Module | None = None
 ) -> Variants:
     """Mask and slice a dense model by a plan; all three end up on the CPU.
 
     `recovered` is a sliced model that was trained: its weights stand for all that the plan and `updates` say.
     """
-    model = model.cpu()
+    model, updates = surgery.model.cpu(), updates or {}
     if recovered is not None:
         plan, sliced = plan.folded(), recovered.cpu()
-        virtual = mask_model(scatter(model, groups, plan, sliced.state_dict()), groups, plan)
-        return Variants(model, virtual, sliced, groups, plan, sorted(updates), recovered=True)
+        virtual = surgery.restore(plan, sliced.state_dict())
+        return Variants(model, virtual, sliced, surgery, plan, sorted(updates), recovered=True)
     on_cpu = {name: OutputWeights(u.weight.cpu(), u.bias.cpu()) for name, u in updates.items()}
-    virtual = mask_model(model, groups, plan, on_cpu)
-    sliced = slice_model(model, groups, plan, on_cpu)
-    return Variants(model, virtual, sliced, groups, plan, sorted(on_cpu))
+    virtual, sliced = surgery.mask(plan, on_cpu), surgery.slice(plan, on_cpu)
+    return Variants(model, virtual, sliced, surgery, plan, sorted(on_cpu))
 
 
 def count_variants(variants: Variants, head: Head, seq_len: int, signature: Signature) -> dict[str, dict[str, int]]:
@@ -62,13 +55,13 @@ def count_variants(variants: Variants, head: Head, seq_len: int, signature: Sign
     feeds = {name: torch.ones(shape, dtype=dtype) for name, shape in signature.shapes(1, seq_len).items()}
     plans: dict[str, SlicePlan | None] = {"dense": None, "virtual": None, "sliced": variants.plan}
     params = {name: sum(p.numel() for p in model.parameters()) for name, model in variants.items().items()}
-    expected = params["dense"] - removed_params(variants.groups, variants.plan)
+    expected = params["dense"] - variants.surgery.removed_params(variants.plan)
     if params["sliced"] != expected:
         raise RuntimeError(f"The sliced model has {params['sliced']} parameters, the plan says {expected}")
     counts: dict[str, dict[str, int]] = {}
     for name, model in variants.items().items():
         counted = count_torch(_WithHead(model, head), feeds)
-        encoder = encoder_flops(variants.groups, seq_len, plans[name])
+        encoder = variants.surgery.flops(seq_len, plans[name])
         counts[name] = {
             "flops": counted,
             "encoder_flops": encoder,

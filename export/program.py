@@ -53,8 +53,14 @@ def program_from_torch(model: nn.Module, head: Head, inputs: Signature | Sequenc
 
 
 def with_head(model: nn.Module, head: Head, input_names: Sequence[str]) -> nn.Module:
-    """Wrap a model so that it takes its inputs by position and returns its head's outputs as a tuple."""
+    """Wrap a model so that it takes its inputs by position and returns its head's outputs as a tuple.
+
+    Images stay float32 whatever the model computes in.
+    """
+    import torch
     from torch import Tensor, nn
+
+    dtype = next(model.parameters()).dtype
 
     class WithHead(nn.Module):
         def __init__(self) -> None:
@@ -62,6 +68,8 @@ def with_head(model: nn.Module, head: Head, input_names: Sequence[str]) -> nn.Mo
             self.model = model
 
         def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+            if dtype != torch.float32:
+                inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
             outputs = head.outputs(self.model, dict(zip(input_names, inputs, strict=True)))
             return tuple(outputs[name] for name in head.output_names)
 

@@ -316,6 +316,8 @@ def _check_length(bundle: Bundle, options: Options) -> None:
     for shape in [options.shape, options.profile.largest if options.profile else None]:
         if shape is not None:
             signature.check_length(shape[1])
+    if signature.image:
+        return
     config = json.loads(bundle.path("sliced/config.json").read_text("utf-8"))
     limit, lengths = config.get("max_position_embeddings"), [s[1] for s in (options.shape,) if s]
     lengths += [options.profile.largest[1]] if options.profile else []

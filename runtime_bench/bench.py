@@ -368,8 +368,9 @@ def latest_bench(bundle: Bundle) -> dict[str, Any]:
 
 
 def place_title(entry: Mapping[str, Any]) -> str:
-    """Say where an entry of a result was measured."""
-    return f"{entry['runtime']}, batch {entry['batch']}, {entry['seq']} tokens, {entry['threads']} threads"
+    """Say where an entry of a result was measured; convolutional networks have no tokens to speak of."""
+    tokens = f", {entry['seq']} tokens" if entry["seq"] > 1 else ""
+    return f"{entry['runtime']}, batch {entry['batch']}{tokens}, {entry['threads']} threads"
 
 
 def _cell(entry: dict[str, Any]) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ QUANTILES = np.linspace(0, 1, 101)
 COLOURS = {"dense": "#7b8794", "virtual": "#a36bd6", "sliced": "#1f9270"}
 COLOURS |= {"sliced:fp16": "#3b82d6", "sliced:bf16": "#38a3b8", "sliced:int8": "#dd7a2b"}
 OTHERS = ("#3b82d6", "#dd7a2b", "#1f9270", "#a36bd6", "#c2547d", "#8a8f2a")
-UNITS = {"heads": "#3b82d6", "neurons": "#dd7a2b"}
+UNITS = {"heads": "#3b82d6", "neurons": "#dd7a2b", "channels": "#1f9270"}
 
 
 def kept_units(layers: Sequence[Mapping[str, Any]]) -> Figure:

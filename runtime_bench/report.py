@@ -10,10 +10,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..bundle import VARIANTS, Bundle, disk_errors, sha256_file, write_atomically
+from ..signature import Signature
 from . import figures
 from .bench import latest_bench, place_title, stored_runs
 
 REPORT = "report.html"
+TEXTS = Signature(("input_ids",))  # what a model takes that says nothing of it
 
 
 def summary_rows(bundle: Bundle) -> list[dict[str, Any]]:
@@ -108,7 +110,7 @@ def render_report(bundle: Bundle) -> str:
         manifest=bundle.manifest,
         headline=headline(bundle, rows),
         rows=rows,
-        lines=_lines(rows),
+        lines=_lines(rows, _signature(bundle)),
         figures={name: Markup(figures.as_html(figure, name)) for name, figure in drawn.items()},
         plotly=Markup(figures.script()) if drawn else "",
         stages=[stage.model_dump() for stage in bundle.manifest.stages],
@@ -117,7 +119,7 @@ def render_report(bundle: Bundle) -> str:
         failures=bench["failures"],
         task=bundle.manifest.task.get("name", "unnamed"),
         declined=_declined,
-        budget=budget_line(bundle.manifest.budget),
+        budget=budget_line(bundle.manifest.budget, _signature(bundle)),
     )
 
 
@@ -147,7 +149,9 @@ def as_markdown(bundle: Bundle) -> str:
     rows = summary_rows(bundle)
     name = model.get("name") or model.get("source", "model")
     lines = [f"### {name}, {bundle.manifest.task.get('name', 'unnamed')}", "", headline(bundle, rows), ""]
-    lines += _table(["", *(row["variant"] for row in rows)], [[_labelled(x), *x["cells"]] for x in _lines(rows)])
+    lines += _table(
+        ["", *(row["variant"] for row in rows)], [[_labelled(x), *x["cells"]] for x in _lines(rows, _signature(bundle))]
+    )
     measured = [m for m in bench["measurements"] if m["difference"] is not None]
     if measured:
         said = {"none": "no difference"}
@@ -184,26 +188,34 @@ def _labelled(line: Mapping[str, Any]) -> str:
     return f"{line['label']} ({line['note']})" if line["note"] else str(line["label"])
 
 
-def budget_line(budget: Mapping[str, Any]) -> str:
+def budget_line(budget: Mapping[str, Any], signature: Signature = TEXTS) -> str:
     """Say what was bound: each cost with the share that was allowed, and the length that FLOPs are counted at."""
+    length = signature.length(budget.get("seq_len", "?"))
     if budget.get("kind") == "masks":
-        return f"given masks, FLOPs at {budget.get('seq_len', '?')} tokens"
+        return f"given masks, FLOPs at {length}"
     limits = budget.get("limits") or [budget]
-    shares = [f"{percent(limit.get('keep', 1.0))} {BOUND[limit.get('kind', 'flops')]}" for limit in limits]
-    return f"budget: {', '.join(shares)}, at {budget.get('seq_len', '?')} tokens"
+    bound = {kind: words.replace("encoder", signature.part) for kind, words in BOUND.items()}
+    shares = [f"{percent(limit.get('keep', 1.0))} {bound[limit.get('kind', 'flops')]}" for limit in limits]
+    return f"budget: {', '.join(shares)}, at {length}"
+
+
+def _signature(bundle: Bundle) -> Signature:
+    model = bundle.manifest.model
+    return Signature.of_manifest(model) if model.get("inputs") else TEXTS
 
 
 def headline(bundle: Bundle, rows: list[dict[str, Any]]) -> str:
     """Say in plain words what slicing changed, only from what was measured."""
-    dense, sliced = rows[0], rows[-1]
+    dense, sliced, signature = rows[0], rows[-1], _signature(bundle)
     said = []
     if sliced["keep_flops"] is not None:
-        seq = bundle.manifest.budget.get("seq_len")
-        said.append(f"The sliced model keeps {percent(sliced['keep_flops'])} of the encoder's FLOPs at {seq} tokens.")
+        kept, part = percent(sliced["keep_flops"]), signature.part
+        length = signature.length(bundle.manifest.budget.get("seq_len"))
+        said.append(f"The sliced model keeps {kept} of the {part}'s FLOPs at {length}.")
     speed = next((r for r in sliced["runtimes"] if r["ratio"]), None)
     if speed:
         ratio = speed["ratio"]
-        where = f"On {speed['runtime']} at batch {speed['batch']} and {speed['seq']} tokens"
+        where = f"On {speed['runtime']} at batch {speed['batch']} and {signature.length(speed['seq'])}"
         interval = f"95% interval {ratio['low']:.2f} to {ratio['high']:.2f}"
         if speed["difference"] == "faster":
             said.append(f"{where} it takes {ratio['value']:.2f} times as long as the dense one ({interval}).")
@@ -234,7 +246,7 @@ def _fastest(bundle: Bundle, speed: Mapping[str, Any]) -> dict[str, Any] | None:
     return min(lower, key=lambda m: m["ratio"]["value"], default=None)
 
 
-def _lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _lines(rows: list[dict[str, Any]], signature: Signature = TEXTS) -> list[dict[str, Any]]:
     """Turn the rows around: one line per quantity with a cell per variant, empty quantities left out."""
     lines: list[dict[str, Any]] = []
 
@@ -257,12 +269,17 @@ def _lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             return next((s for s in row["runtimes"] if s["runtime"] == name), None)
 
         example: dict[str, Any] = next(s for r in rows if (s := speed(r)))
-        note = f"batch {example['batch']}, {example['seq']} tokens, {example['threads']} threads"
+        note = f"batch {example['batch']}, {signature.length(example['seq'])}, {example['threads']} threads"
         add(f"Latency, {name}", f"median (p95) ms; {note}", speed, _show_ms)
         add("– against dense", "ratio, 95% interval", _inside(speed, "ratio"), show_ratio)
         add("– CPU time against dense", "ratio, 95% interval", _inside(speed, "cpu_ratio"), show_ratio)
         add("– peak memory", "process, loading included", _inside(speed, "peak_rss_bytes"), show_bytes)
-    add("Encoder FLOPs", "2 x MAC, batch 1, at the budget's length", lambda r: r["encoder_flops"], show_count)
+    add(
+        f"{signature.part.capitalize()} FLOPs",
+        "2 x MAC, batch 1, at the budget's length",
+        lambda r: r["encoder_flops"],
+        show_count,
+    )
     add("– share of dense", "", lambda r: r["keep_flops"], percent)
     add("All FLOPs", "with embeddings and head", lambda r: r["flops"], show_count)
     add("Parameters", "", lambda r: r["params"], show_count)
@@ -283,7 +300,7 @@ def _declined(stage: dict[str, Any]) -> str:
 
 
 def _layers(bundle: Bundle) -> list[dict[str, Any]]:
-    """Return per layer what each group keeps: [{"layer", "heads": {kept, total}, "neurons": {...}}]."""
+    """Return per layer what each group keeps: [{"layer", "heads": {kept, total}, "neurons": {...}}], or "channels"."""
     if "plan.json" not in bundle.manifest.files:
         return []
     layers: dict[int, dict[str, Any]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -148,21 +149,25 @@ def mobilenet(classes: int = 4, squeeze: bool = False) -> nn.Sequential:
     return nn.Sequential(*stem, *blocks, *head, nn.Linear(12, classes))
 
 
+def basic(classes: int = 4) -> nn.Module:
+    return ResNet(BasicBlock, classes=classes)
+
+
 FAMILIES = {
     "lenet": (LeNet, (1, 16, 16)),
     "vgg": (vgg, (3, 16, 16)),
-    "basic": (lambda: ResNet(BasicBlock), (3, 16, 16)),
+    "basic": (basic, (3, 16, 16)),
     "bottleneck": (lambda: ResNet(Bottleneck, (3, 4)), (3, 16, 16)),
     "mobilenet": (mobilenet, (3, 16, 16)),
     "squeeze": (lambda: mobilenet(squeeze=True), (3, 16, 16)),
 }
 
 
-def tiny_cnn(family: str, seed: int = 0) -> nn.Module:
+def tiny_cnn(family: str, seed: int = 0, **options: Any) -> nn.Module:
     """Return a model in evaluation mode whose batch norms have seen data, and whose every channel matters."""
     torch.manual_seed(seed)
     make, _ = FAMILIES[family]
-    model = make()
+    model = make(**options)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)

@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
+import transformers
+from conv_tiny import tiny_cnn
 from models_tiny import tiny_model
 from tasks_tiny import tiny_tokenizer
+
+from deploy_prune.images import ImageProcessor
+from deploy_prune.module_checkpoint import save_module
 
 WORDS = [
     "good",
@@ -50,6 +57,30 @@ def image_checkpoint(folder: Path, family: str = "vit", size: int = 8, **changes
     settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": size, "width": size}}
     settings |= {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.4, 0.3]}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def channel_checkpoint(folder: Path, family: str = "basic", size: int = 16) -> Path:
+    """Save a tiny convolutional classifier of three classes whose processor makes images of 3 x `size` x `size`.
+
+    "resnet" is one of transformers, the others are modules whose factories lie in `conv_tiny`.
+    """
+    settings = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": size}}
+    settings |= {"crop_size": {"height": size, "width": size}}
+    processor = ImageProcessor.from_dict(settings, SimpleNamespace(num_channels=3))
+    if family == "resnet":
+        torch.manual_seed(0)
+        config = transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 12], depths=[2, 1], layer_type="basic", num_labels=3
+        )
+        transformers.ResNetForImageClassification(config).save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return folder
+    model = tiny_cnn(family, classes=3)
+    names = ("cat", "dog", "eel")
+    save_module(
+        model, folder, f"conv_tiny.{family}", {"classes": 3}, image=(3, size, size), labels=names, processor=processor
+    )
     return folder
 
 

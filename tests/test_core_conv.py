@@ -137,7 +137,7 @@ def test_a_folder_runs_no_code_unasked(tmp_path: Path) -> None:
     assert isinstance(load_module(tmp_path, allow=("conv_tiny",)), nn.Sequential)
     with pytest.raises(BundleError, match="does not hold the weights"):
         load_module(tmp_path, lambda classes: FAMILIES["basic"][0]())
-    (tmp_path / "sliced.json").write_text('{"format": "other"}')
+    (tmp_path / "module.json").write_text('{"format": "other"}')
     with pytest.raises(BundleError, match="does not describe"):
         load_module(tmp_path, FAMILIES["vgg"][0])
 

@@ -23,6 +23,7 @@ from deploy_prune.masking import mask_model, scatter
 from deploy_prune.predict import predict
 from deploy_prune.recover import Recovery, hold_out, recover
 from deploy_prune.slicing import slice_model
+from deploy_prune.surgery import surgery_of
 from deploy_prune.units import SlicePlan
 from deploy_prune.variants import make_variants
 
@@ -74,13 +75,12 @@ def test_virtual_equals_sliced_whatever_was_trained(family: str, head: Any, seed
     if head not in heads_of(family):
         pytest.skip(f"{family} models have no such head here")
     teacher, student, plan = pair(head, family, seed)
-    groups = arch_of(teacher).groups(teacher)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in student.parameters():
             p += 0.1 * torch.randn(p.shape, generator=generator)
     untouched = weights_of(teacher)
-    made = make_variants(teacher, groups, plan, {}, recovered=student)
+    made = make_variants(surgery_of(teacher), plan, recovered=student)
     with torch.inference_mode():
         outputs = {name: Head(head).outputs(m, tiny_inputs(family, seed)) for name, m in made.items().items()}
     for name, expected in outputs["sliced"].items():

@@ -14,8 +14,8 @@ from .base import Arch, Layout, Sublayer, per_layer
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Arch", "Layout", "Sublayer", "arch_of", "check_config", "is_convolutional"]
-__all__ += ["max_positions", "per_layer", "supported"]
+__all__ = ["Arch", "Layout", "Sublayer", "arch_of", "check_config", "check_prunable", "config_of"]
+__all__ += ["is_convolutional", "max_positions", "per_layer", "supported"]
 
 _REFUSED = {
     "albert": "ALBERT shares one layer's weights between all layers: slicing one layer would slice them all.",
@@ -59,9 +59,29 @@ def check_config(config: Any) -> Arch:
         raise UnsupportedModelError(
             f"This '{model_type}' is configured as a decoder: only encoders are handled.", hint=known
         )
+    _refuse_sliced(config)
+    return supported()[model_type]
+
+
+def check_prunable(config: Any) -> None:
+    """Raise UnsupportedModelError for a model that cannot be pruned, as far as its config tells.
+
+    Whether a convolutional network can be shows when it is traced.
+    """
+    attentive = hasattr(config, "num_attention_heads") or str(getattr(config, "model_type", "")) in supported()
+    if attentive or not hasattr(config, "num_channels"):
+        check_config(config)
+    _refuse_sliced(config)
+
+
+def _refuse_sliced(config: Any) -> None:
     if getattr(config, "deploy_prune", None):
         raise UnsupportedModelError("This model has been sliced already.", hint="Give the dense checkpoint.")
-    return supported()[model_type]
+
+
+def config_of(model: Any) -> Any:
+    """Return a model's transformers config or, of a module that a factory makes, its `ModuleConfig`."""
+    return model.config if hasattr(model, "config") else model.module_config
 
 
 def arch_of(model: nn.Module) -> Arch:

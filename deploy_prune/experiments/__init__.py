@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..archs import is_convolutional
 from ..bundle import disk_errors, write_atomically
 from ..errors import InputError
 from ..progress import Reporter
@@ -34,6 +35,9 @@ def run_experiment(
         except (FileExistsError, NotADirectoryError) as error:
             raise InputError(f"{folder} is not a folder.", hint="Choose another --out.") from error
     lab = Lab(setting, reporter)
+    if experiment.convolutional != is_convolutional(lab.model):
+        kinds = [n for n, e in EXPERIMENTS.items() if e.convolutional != experiment.convolutional]
+        raise InputError(f"The experiment {name} is for another kind of model.", hint=f"Use {', '.join(kinds)}.")
     rows: list[dict[str, Any]] = []
     partial = folder / f"{stem}.partial.json"
     for row in experiment.run(lab):

@@ -24,6 +24,7 @@ class Experiment:
     by: tuple[str, ...]
     columns: tuple[str, ...]
     figure: tuple[str, str, str] | None = None
+    convolutional: bool = False  # of channels, not of heads and neurons
 
 
 _SPEED = ("ratio_to_dense", "ratio_low", "ratio_high")
@@ -91,6 +92,13 @@ EXPERIMENTS = {
         quality.vision,
         ("part", "keep", "samples", "method"),
         (*QUALITY, "seconds"),
+    ),
+    "cnn": Experiment(
+        "A convolutional network: FLOPs, stages",
+        quality.channels,
+        ("part", "keep", "method"),
+        (*QUALITY, "kept_params", "seconds"),
+        convolutional=True,
     ),
     "recover": Experiment(
         "Recovery by distillation", quality.recovery, ("keep", "method"), (*QUALITY, "kept_flops", "kept_params")

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..calibration import sample_indices
 from ..checkpoint import input_signature, load_config, load_dense
-from ..costs import Budget, encoder_flops, latency_table
+from ..costs import Budget, latency_table
 from ..errors import InputError
 from ..fidelity import fidelity
 from ..heads import Head
@@ -21,12 +21,11 @@ from ..latency_table import LatencyTable, read_latency_table
 from ..measuring import Candidate, time_models
 from ..predict import predict
 from ..progress import Reporter, Silent
-from ..pruner import Pruner
+from ..pruner import Pruner, pruner_of
 from ..recover import Recovery, recover
 from ..runtime_bench.bench import Place
 from ..runtime_bench.machine import default_threads, describe_machine
 from ..runtime_bench.stats import Ratio
-from ..slicing import slice_model
 from ..stages import Options, PrunedPlan, resolve_device
 from ..tasks import check_task, load_task, task_head
 from ..tasks.base import Row, RowOutput
@@ -74,7 +73,7 @@ class Lab:
         self.data = load_task(
             setting.task,
             **dense.preparing,
-            config=self.model.config,
+            config=dense.config,
             data=setting.data,
             max_length=setting.max_length,
             text_column=setting.text_column,
@@ -105,7 +104,8 @@ class Lab:
             train = self.data.train
             drawn = train.encode(sample_indices(len(train), key[1], seed))
             rows = [Row(dict(row.features), row.label, row.tokens) for row in drawn]
-            self._pruner = key, Pruner(self.model, self.head, rows, pad_id=self.pad_id, reporter=self.reporter)
+            kind = pruner_of(self.model)
+            self._pruner = key, kind(self.model, self.head, rows, pad_id=self.pad_id, reporter=self.reporter)
         return self._pruner[1]
 
     def prune(
@@ -114,8 +114,7 @@ class Lab:
         """Return the plan and the sliced model."""
         budget = keep if isinstance(keep, Budget) else Budget(keep)
         found = self.pruner(seed, samples).prune(budget, options)
-        sliced = found.sliced
-        return found, slice_model(self.model, found.groups, found.plan) if sliced is None else sliced
+        return found, found.slice()
 
     def recover(self, student: nn.Module, seed: int) -> dict[str, Any]:
         """Distil a sliced model in place on the training split; return the record."""
@@ -142,17 +141,23 @@ class Lab:
         return {"value": self.data.evaluation.score(outputs, self.dense).get(self.data.metric or ""), **distance}
 
     def describe(self, found: PrunedPlan) -> dict[str, Any]:
-        """Return a plan's kept share of the encoder's FLOPs, its counts per layer and the seconds it took."""
+        """Return a plan's kept shares, of prunable FLOPs and all parameters, its counts per layer and its seconds."""
         seconds = {s["name"]: s["seconds"] for s in found.stages}
-        share = encoder_flops(found.groups, found.seq_len, found.plan) / encoder_flops(found.groups, found.seq_len)
+        share = found.surgery.flops(found.seq_len, found.plan) / found.surgery.flops(found.seq_len)
         return {
             "kept_flops": share,
+            "kept_params": 1 - found.surgery.removed_params(found.plan) / self.params,
             "seq_len": found.seq_len,
             "seconds": round(sum(seconds.values()), 2),
             "stage_seconds": seconds,
             "declined": [d["group"] for s in found.stages for d in s.get("declined", [])],
             "layers": found.plan.layer_counts(),
         }
+
+    @cached_property
+    def params(self) -> int:
+        """Return the dense model's parameters."""
+        return sum(p.numel() for p in self.model.parameters())
 
     @cached_property
     def lut(self) -> LatencyTable:
@@ -168,8 +173,8 @@ class Lab:
 
     def whole(self) -> nn.Module:
         """Return the dense model in the form that `latency` takes."""
-        groups = self.pruner(self.setting.seeds[0]).groups
-        return slice_model(self.model, groups, SlicePlan.from_masks(groups, MaskSet.ones(groups)))
+        surgery = self.pruner(self.setting.seeds[0]).surgery
+        return surgery.slice(SlicePlan.from_masks(surgery.groups, MaskSet.ones(surgery.groups)))
 
     def latency(self, models: Mapping[str, nn.Module], seconds: float = 2.0) -> dict[str, tuple[float, Ratio]]:
         """Return the median in ms and the ratio to dense of every model, all measured side by side."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..stages import Options
 
 SEARCH = Options(criterion="fisher", search="paper", rearrange="none", compensate="none")
@@ -30,3 +32,19 @@ SUCCESSORS = {
         criterion="activation-weight", scope="local", compensate="refit-parallel"
     ),
 }
+
+# Convolutional networks: the field's ways to mend what is left, and the refit. There is no rearrangement of channels.
+CHANNEL_SEARCH = Options(criterion="fisher", rearrange="none", compensate="none")
+CHANNEL_STAGES = {
+    "search (Fisher)": CHANNEL_SEARCH,
+    "+ batch norm": replace(CHANNEL_SEARCH, compensate="batch-norm"),
+    "+ mask tuning": replace(CHANNEL_SEARCH, compensate="mask-tuning"),
+    "+ fold": replace(CHANNEL_SEARCH, compensate="fold"),
+    "+ fold, batch norm": replace(CHANNEL_SEARCH, compensate="fold+batch-norm"),
+    "+ refit of cut layers": replace(CHANNEL_SEARCH, compensate="refit-cut"),
+    "+ refit": replace(CHANNEL_SEARCH, compensate="refit"),
+    "obs, refit of cut layers": Options(compensate="refit-cut"),
+    "obs with labels, refit": Options(label_free=False),
+    "obs label-free, refit": Options(label_free=True),
+}
+CHANNEL_TRADEOFF = ("search (Fisher)", "+ batch norm", "obs with labels, refit", "obs label-free, refit")

@@ -12,12 +12,11 @@ import torch
 from ..costs import Budget, encoder_flops, removed_params
 from ..criteria import criteria
 from ..fidelity import fidelity
-from ..masking import mask_model
 from ..predict import predict
 from ..runtime_bench.flops import count_torch
 from ..stages import Options
 from .lab import Lab, with_keeps
-from .methods import DEFAULT, PAPER, STAGES, SUCCESSORS
+from .methods import CHANNEL_STAGES, CHANNEL_TRADEOFF, DEFAULT, PAPER, STAGES, SUCCESSORS
 
 Rows = Iterator[dict[str, Any]]
 
@@ -47,7 +46,7 @@ def parity(lab: Lab) -> Rows:
     for seed, keep in product(lab.setting.seeds, with_keeps(lab.setting.keeps, (0.9, 0.8, 0.7, 0.6, 0.5))):
         for method, options in {"paper": PAPER, "default": DEFAULT}.items():
             found, sliced = lab.prune(keep, seed, options)
-            virtual = mask_model(lab.model, found.groups, found.plan, found.updates)
+            virtual = found.surgery.mask(found.plan, found.updates)
             outputs = [predict(m, lab.head, lab.rows, pad_id=lab.pad_id) for m in (virtual, sliced)]
             scores = [lab.data.evaluation.score(o, lab.dense).get(lab.data.metric or "") for o in outputs]
             between = fidelity(lab.head.kind, *outputs)
@@ -134,12 +133,22 @@ def vision(lab: Lab) -> Rows:
             yield same | lab.compare(sliced) | lab.describe(found)
 
 
+def channels(lab: Lab) -> Rows:
+    """What channels cost: accuracy over FLOPs, and what each stage adds at half of them."""
+    for seed in lab.setting.seeds:
+        keeps = with_keeps(lab.setting.keeps, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3))
+        for keep, method in product(keeps, CHANNEL_TRADEOFF):
+            yield _pruned(lab, keep, seed, CHANNEL_STAGES[method], part="FLOPs", method=method)
+        for method, options in CHANNEL_STAGES.items():
+            yield _pruned(lab, 0.5, seed, options, part="stages", method=method)
+
+
 def recovery(lab: Lab) -> Rows:
     """Quality at an equal share of FLOPs and parameters, before and after distillation from the dense model."""
     for seed, keep in product(lab.setting.seeds, with_keeps(lab.setting.keeps, (0.7,))):
         found, sliced = lab.prune(Budget(keep_flops=keep, keep_params=keep), seed, DEFAULT)
         kept_params = 1 - removed_params(found.groups, found.plan) / sum(g.size * g.params for g in found.groups)
-        same = {"keep": keep, "seed": seed, "kept_params": kept_params, **lab.describe(found)}
+        same = {"keep": keep, "seed": seed, **lab.describe(found), "kept_params": kept_params}
         yield {**same, "method": "pruned", **lab.compare(sliced)}
         record = lab.recover(sliced, seed)
         yield {**same, "method": "recovered", **lab.compare(sliced), "recovery": record}

@@ -54,7 +54,7 @@ def load(
             hint=f"Give a number from 1 to {MOST_THREADS}, or leave it out.",
         )
     opened = Bundle.open(bundle)
-    config = read_json(opened, "config.json")
+    config = read_json(opened, "config.json") or read_json(opened, "module.json")  # none of transformers
     pad_id = int(opened.manifest.model.get("pad_id", config.get("pad_token_id") or 0))
     name = _SHORT_NAMES.get(runtime, runtime)
     runner = open_runner(opened, name, variant, threads=threads, precision=precision)
@@ -80,7 +80,8 @@ class Predictor:
         self.preparation = preparation
         self.head = str(bundle.manifest.task["head"])
         self._labels = [str(label) for label in bundle.manifest.task.get("labels") or ()]
-        self._id2label = {int(key): str(label) for key, label in (config.get("id2label") or {}).items()}
+        names = config.get("id2label") or dict(enumerate(config.get("labels") or ()))
+        self._id2label = {int(key): str(label) for key, label in names.items()}
 
     def __call__(self, inputs: Any) -> list[Any]:
         """Return one answer per text or image, by the model's head; longer texts than the model takes are cut.

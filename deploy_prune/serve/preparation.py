@@ -109,7 +109,8 @@ def open_preparation(
             f"The bundle {bundle.root} has no sliced/{SETTINGS}, which says how the model wants its images.",
             hint="Save the checkpoint with its image processor, and make the bundle again.",
         )
-    processor = ImageProcessor.from_dict(read_json(bundle, SETTINGS), SimpleNamespace(**config))
+    own = {"num_channels": image[0], "image_size": list(image[1:]), **config}
+    processor = ImageProcessor.from_dict(read_json(bundle, SETTINGS), SimpleNamespace(**own))
     if processor.output_size != image:
         raise BundleError(
             f"sliced/{SETTINGS} of {bundle.root} makes images of {processor.output_size}, but the model takes {image}.",

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
@@ -76,10 +73,3 @@ def lenet() -> nn.Module:
 
 
 MODELS = {"resnet56": resnet56, "lenet": lenet}
-
-
-def load(name: str, checkpoint: Path) -> nn.Module:
-    """Return a trained network from a folder's model.safetensors."""
-    model = MODELS[name]()
-    model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=True)
-    return model.eval()
