@@ -315,6 +315,7 @@ def _global(
     ] = None,
 ) -> None:
     if allow_code:  # in the environment, so that the processes that measure see it
+        sys.path.insert(0, os.getcwd())  # as theirs have it
         os.environ[ALLOW_CODE] = ",".join(filter(None, [os.environ.get(ALLOW_CODE, ""), *allow_code]))
     if version:
         print(__version__)

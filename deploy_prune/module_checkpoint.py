@@ -17,7 +17,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from .bundle import disk_errors
 from .config import ALLOW_CODE
 from .errors import BundleError, InputError, UnsupportedModelError
 from .image_settings import SETTINGS
+from .images import ImageProcessor
 from .modeling_sliced import resize
 
 FORMAT, VERSION = "deploy-prune-module", 1
@@ -95,9 +96,9 @@ def save_module(
 ) -> list[Path]:
     """Write a dense or sliced model, and how to make its class: a factory's dotted name and its arguments.
 
-    `image` is the size (C, H, W) of what it takes, `labels` name its classes, `processor` is what prepares its images;
-    what is left out is as the model was loaded. Returns the files.
-    Raises InputError where the factory is not known, or its arguments are no plain JSON.
+    `image` is the size (C, H, W) of what it takes, `labels` name its classes, `processor` is what prepares its images
+    (or the contents of a preprocessor_config.json); what is left out is as the model was loaded. Returns the files.
+    Raises InputError where the factory is not known, its arguments are no plain JSON, or the settings are wrong.
     """
     own = getattr(model, "module_config", None)
     if factory is None and own is None:
@@ -105,6 +106,8 @@ def save_module(
             f"It is not known how this {type(model).__name__} is made.", hint="Name the factory, 'module.function'."
         )
     config = own or ModuleConfig(str(factory))
+    if isinstance(processor, Mapping):
+        processor = ImageProcessor.from_dict(processor, replace(config, image=tuple(image or config.image)))
     entry = {
         "format": FORMAT,
         "version": VERSION,

@@ -23,6 +23,7 @@ from deploy_prune.cli import app
 from deploy_prune.config import ALLOW_CODE, BenchSettings, load_recipe
 from deploy_prune.errors import BundleError, DeployPruneError, InputError, UnsupportedModelError
 from deploy_prune.experiments import Setting, run_experiment
+from deploy_prune.experiments.methods import CHANNEL_STAGES, CHANNEL_TRADEOFF
 from deploy_prune.export import verify_bundle
 from deploy_prune.module_checkpoint import FILE, read_module_config
 from deploy_prune.pipeline import run, slice_given
@@ -237,9 +238,10 @@ def test_folders_of_timm_are_read(tmp_path: Path) -> None:
 
 def test_the_experiment_of_channels(tmp_path: Path) -> None:
     given = settings(tmp_path)
-    setting = Setting(given["model"], given["task"], given["data"], (0.6,), (0,), samples=64)
+    setting = Setting(given["model"], given["task"], given["data"], (0.7, 0.5), (0,), samples=64)
     document, files = run_experiment("cnn", setting, tmp_path / "out")
-    assert {row["part"] for row in document["rows"]} == {"FLOPs", "stages"}
+    methods = {keep: [r["method"] for r in document["rows"] if r["keep"] == keep] for keep in (0.7, 0.5)}
+    assert methods == {0.7: list(CHANNEL_TRADEOFF), 0.5: list(CHANNEL_STAGES)}
     assert all(row["kept_flops"] <= row["keep"] and row["kept_params"] < 1 for row in document["rows"])
     assert {f.suffix for f in files} >= {".json", ".md", ".csv"}
     with pytest.raises(InputError, match="another kind of model"):

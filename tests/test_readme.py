@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs_tiny import checkpoint, data, linear_costs
+from runs_tiny import channel_checkpoint, checkpoint, data, image_data, linear_costs
 
 from deploy_prune import demo
 from deploy_prune.cli import invoke
+from deploy_prune.config import ALLOW_CODE
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -30,6 +31,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint(folder / "my-model")
     data(folder / "my-data")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
+    shutil.copy(ROOT / "tests" / "conv_tiny.py", folder / "my_nets.py")
+    made = channel_checkpoint(folder / "my-cnn") / "module.json"
+    made.write_text(made.read_text().replace("conv_tiny.", "my_nets."))
+    image_data(folder / "my-images.npz", size=16)
     rng = np.random.default_rng(0)
     masks = {"head_mask": rng.random((3, 4)) < 0.5, "neuron_mask": rng.random((3, 24)) < 0.5}
     np.savez(folder / "masks.npz", **{k: v.astype(np.float32) for k, v in masks.items()})
@@ -48,6 +53,8 @@ def test_commands_are_all_known() -> None:
 def test_commands_in_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("DEPLOY_PRUNE_CACHE", str(folder / "cache"))
+    monkeypatch.setenv(ALLOW_CODE, "")  # is set by a command, and taken back here
+    monkeypatch.setattr(sys, "path", list(sys.path))
     for line in BASH:
         if line.startswith("deploy-prune"):
             assert invoke(shlex.split(line)[1:]) == 0, line

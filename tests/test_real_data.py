@@ -15,7 +15,7 @@ from models_tiny import tiny_model
 from deploy_prune.bundle import Bundle
 from deploy_prune.calibration import sample_indices
 from deploy_prune.checkpoint import load_dense, load_variant
-from deploy_prune.config import load_recipe
+from deploy_prune.config import ALLOW_CODE, load_recipe
 from deploy_prune.costs import Budget
 from deploy_prune.fidelity import fidelity
 from deploy_prune.heads import Head
@@ -155,4 +155,36 @@ def test_half_of_a_vision_transformer_is_sliced_exactly(tmp_path: Path) -> None:
     dense, sliced = (manifest.quality[name]["value"] for name in ("dense", "sliced"))
     assert dense == pytest.approx(0.83, abs=0.02)
     assert sliced > dense - 0.01
+    assert [a.parity.status for a in manifest.artifacts] == ["passed"] * 3
+
+
+def test_resnet56_on_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the images; the evidence on all of them is in docs/results.md."""
+    recipes = Path(__file__).resolve().parents[1] / "recipes" / "experiments"
+    monkeypatch.syspath_prepend(str(recipes))
+    monkeypatch.setenv(ALLOW_CODE, "cnn_models")
+    import cnn
+
+    cnn.folder("resnet56", ROOT / "checkpoints" / "resnet56-cifar10" / "model.safetensors", tmp_path / "m", "cifar10")
+    with np.load(ROOT / "data" / "vision" / "cifar10.npz", allow_pickle=False) as whole:
+        part = {name: whole[name][:1000] for name in whole.files if name.startswith(("x_", "y_"))}
+    np.savez(tmp_path / "cifar.npz", **part)
+    made = run(
+        load_recipe(
+            model=str(tmp_path / "m"),
+            task="cifar10",
+            data=str(tmp_path / "cifar.npz"),
+            keep_flops=0.7,
+            samples=512,
+            formats=("onnx",),
+            out=str(tmp_path / "b"),
+        ),
+        bench=False,
+    )
+    manifest = made.manifest
+    assert manifest.counts["sliced"]["flops"] <= 0.7 * manifest.counts["dense"]["flops"]
+    assert manifest.fidelity["sliced_to_virtual"]["agreement"] == 1.0
+    dense, sliced = (manifest.quality[name]["value"] for name in ("dense", "sliced"))
+    assert dense == pytest.approx(0.932, abs=0.02)
+    assert sliced > dense - 0.03
     assert [a.parity.status for a in manifest.artifacts] == ["passed"] * 3

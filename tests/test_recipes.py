@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,10 @@ from models_tiny import tiny_model
 from runs_tiny import checkpoint
 
 from deploy_prune.archs import arch_of
+from deploy_prune.checkpoint import load_dense
+from deploy_prune.config import ALLOW_CODE
 from deploy_prune.costs import encoder_flops
+from deploy_prune.experiments import Setting, run_experiment
 from deploy_prune.runtime_bench.slowdown import slow_down
 from deploy_prune.units import SlicePlan
 
@@ -26,7 +31,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "experiments"
 def recipes_path(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(RECIPES))
     yield
-    for name in ("shapes", "gate_trials", "tables"):
+    for name in ("shapes", "gate_trials", "tables", "cnn", "cnn_models", "cnn_rival"):
         sys.modules.pop(name, None)
 
 
@@ -109,3 +114,28 @@ def test_replays_draw_from_recorded_sessions(tmp_path: Path, capsys: pytest.Capt
     rows = {r.split(" | ")[0]: r for r in capsys.readouterr().out.splitlines() if r.startswith("| 1")}
     assert rows["| 1"].split(" | ")[1].startswith("0.0 %")
     assert rows["| 1.1"].split(" | ")[1].startswith("100.0 %")
+
+
+def test_the_networks_of_the_experiments_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    import cnn
+
+    monkeypatch.setenv(ALLOW_CODE, "cnn_models")
+    rng = np.random.default_rng(0)
+    archive = tmp_path / "mnist.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for prefix, count in (("train", 160), ("t10k", 40)):
+            images, labels = rng.integers(0, 256, count * 784, np.uint8), rng.integers(0, 10, count).astype(np.uint8)
+            contents = {"images-idx3": bytes(16) + images.tobytes(), "labels-idx1": bytes(8) + labels.tobytes()}
+            for name, content in contents.items():
+                info = tarfile.TarInfo(f"package/data/{prefix}-{name}-ubyte")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    cnn.mnist(archive, tmp_path / "mnist.npz")
+    cnn.train(tmp_path / "mnist.npz", tmp_path / "lenet", epochs=1, batch=32)
+    assert capsys.readouterr().out.startswith("accuracy 0.")
+    dense = load_dense(str(tmp_path / "lenet"), "classification")
+    assert dense.signature.image == (1, 28, 28)
+    assert dense.config.labels[3] == "3"
+    settings = Setting(str(tmp_path / "lenet"), "mnist", str(tmp_path / "mnist.npz"), (0.5,), (0,), samples=64)
+    document, _ = run_experiment("cnn", settings, tmp_path / "out")
+    assert {row["method"] for row in document["rows"]} >= {"+ fold", "obs label-free, refit"}

@@ -96,8 +96,9 @@ EXPERIMENTS = {
     "cnn": Experiment(
         "A convolutional network: FLOPs, stages",
         quality.channels,
-        ("part", "keep", "method"),
+        ("keep", "method"),
         (*QUALITY, "kept_params", "seconds"),
+        ("keep", "value", "method"),
         convolutional=True,
     ),
     "recover": Experiment(
