@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .errors import InputError
-from .latency_table import LatencyTable
+from .latency_table import ChannelLatency, LatencyTable
 from .units import SlicePlan, UnitGroup
 
 BYTES_PER_PARAM = 4  # models compute in fp32
@@ -181,7 +181,7 @@ class Budget:
     keep_params: float | None = None
     max_bytes: int | None = None
     keep_latency: float | None = None
-    lut: LatencyTable | None = None
+    lut: LatencyTable | ChannelLatency | None = None
 
     def __post_init__(self) -> None:
         for name in ("keep_flops", "keep_params", "keep_latency"):
@@ -204,7 +204,7 @@ class Budget:
             table = bytes_table(groups, model_params)
             found.append(Limit(table, self.max_bytes, min(self.max_bytes / table.dense, 1.0)))
         if self.keep_latency is not None:
-            if self.lut is None:
-                raise InputError("A latency budget needs a measured table.", hint="Make one: deploy-prune probe.")
+            if not isinstance(self.lut, LatencyTable):
+                raise InputError("A latency budget needs this model's table.", hint="Make one: deploy-prune probe.")
             found.append(Limit.share(latency_table(groups, self.lut), self.keep_latency))
         return found

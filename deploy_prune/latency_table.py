@@ -1,4 +1,4 @@
-"""The measured latency of every head and neuron count, as `probe` writes it and the search reads it. No torch here."""
+"""Measured latency over what is kept, as `probe` writes it and the search reads it. No torch here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import InputError
-from .units import UnitGroup, UnitKind
+from .units import UnitGroup, UnitKind, Units
 
 
 class KindTable(BaseModel):
@@ -78,10 +78,57 @@ class LatencyTable(BaseModel):
         return np.interp(np.arange(group.size + 1), table.counts, table.ms)
 
 
-def read_latency_table(path: str | Path) -> LatencyTable:
+class ChannelPoint(BaseModel):
+    """Hold one cut network that was measured: its share of the FLOPs, its ms, and what the table says of it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    flops: float
+    ms: float
+    fitted_ms: float
+
+
+class ChannelLatency(BaseModel):
+    """Hold a convolutional network's latency in ms as base + sum a n_g + sum b n_g n_h over its groups' channels n.
+
+    `mean_error` and `largest_error` are relative, of points that were held out of a first fit.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["channels"] = "channels"
+    schema_version: Literal["1.0"] = "1.0"
+    runtime: str
+    batch: int
+    threads: int | None = None
+    image: tuple[int, int, int]
+    sizes: dict[str, int]
+    base_ms: float = Field(ge=0)
+    dense_ms: float
+    single: dict[str, float]
+    double: list[tuple[str, str, float]]
+    points: list[ChannelPoint]
+    mean_error: float
+    largest_error: float
+    machine: dict[str, Any] = Field(default_factory=dict)
+
+    def check(self, groups: Sequence[Units]) -> None:
+        """Raise InputError when the groups are not among those that were measured."""
+        for g in groups:
+            if self.sizes.get(g.name) != g.size:
+                raise InputError(
+                    f"The latency table was measured on another network: {g.name} has {g.size} {g.kind}s, the table"
+                    f" {self.sizes.get(g.name, 'none of that name')}.",
+                    hint="Probe this very model: deploy-prune probe MODEL.",
+                )
+
+
+def read_latency_table(path: str | Path) -> LatencyTable | ChannelLatency:
     """Read a table written by `probe`. Raises InputError for a file that is not one."""
     try:
-        return LatencyTable.model_validate(json.loads(Path(path).read_text("utf-8")))
+        contents = json.loads(Path(path).read_text("utf-8"))
+        channels = isinstance(contents, dict) and contents.get("kind") == "channels"
+        return (ChannelLatency if channels else LatencyTable).model_validate(contents)
     except OSError as error:
         raise InputError(f"Could not read the latency table {path}: {error.strerror}.") from error
     except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:

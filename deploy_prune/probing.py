@@ -1,19 +1,20 @@
-"""Measure the latency of every head count and FFN width of a model, for searches under a latency budget."""
+"""Measure a model's latency over what is kept of its heads and neurons, or channels, for latency budgets."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
-from .archs import check_config, is_convolutional, max_positions
-from .checkpoint import load_config, load_dense
+from .archs import max_positions
+from .channel_costs import work_classes
+from .checkpoint import Dense, load_config, load_dense
 from .errors import InputError
 from .heads import Head
-from .latency_table import LatencyTable
+from .latency_table import ChannelLatency, ChannelPoint, LatencyTable
 from .measuring import Candidate, Stage, time_bundles
 from .progress import Progress
 from .runtime_bench.bench import Place
@@ -21,11 +22,13 @@ from .runtime_bench.machine import default_threads, describe_machine
 from .runtime_bench.probe import Point, grid, kind_tables
 from .runtime_bench.stats import Ratio, ratio_of_medians, summarise_ms
 from .runtimes import available_runtimes
-from .slicing import slice_model
+from .signature import Signature
+from .surgery import ChannelSurgery, Surgery, surgery_of
 from .tasks.registry import model_head
-from .units import MaskSet, SlicePlan, UnitGroup
+from .units import MaskSet, SlicePlan, UnitGroup, Units
 
 TOGETHER = 4  # points that are measured beside the dense model
+Ratios = Callable[[Sequence[Mapping[str, int]]], tuple[list[Ratio], float]]  # of plans, as counts per group
 
 
 def probe(
@@ -38,12 +41,13 @@ def probe(
     threads: int | None = None,
     seconds: float = 2.0,
     progress: Progress = lambda share: None,
-) -> LatencyTable:
-    """Measure a checkpoint's latency over the number of heads and of FFN neurons.
+) -> LatencyTable | ChannelLatency:
+    """Measure a checkpoint's latency over the number of heads and of FFN neurons, or over its channels.
 
-    In every point all layers are cut alike, so that caches and memory behave as in the whole model. A few
-    points at a time take turns with the dense model, each in a process of its own, `seconds` for each, and count
-    by their ratio to it. Raises InputError for a runtime, length or architecture that cannot be probed.
+    A few cut models at a time take turns with the dense one, each in a process of its own, `seconds` for each, and
+    count by their ratio to it. Of transformers every point cuts all layers alike, so that caches and memory behave as
+    in the whole model; of convolutional networks see `channel_table`.
+    Raises InputError for a runtime, length or architecture that cannot be probed.
     """
     if runtime not in available_runtimes():
         raise InputError(f"No runtime '{runtime}'.", hint=f"There are: {', '.join(sorted(available_runtimes()))}.")
@@ -52,43 +56,31 @@ def probe(
     source = str(Path(model).resolve()) if Path(model).is_dir() else model
     head = Head(model_head(load_config(source)))
     dense = load_dense(source, head.kind)
-    if is_convolutional(dense.model):
-        raise InputError("Latency tables of convolutional networks are not there.", hint="Use a budget of FLOPs.")
     if (tokens := dense.signature.tokens) is not None:
         seq = tokens
     elif seq > (limit := max_positions(dense.model)):
         raise InputError(f"The model has {limit} positions, not {seq}.", hint="Probe at a shorter length.")
-    groups = check_config(dense.model.config).groups(dense.model)
+    place = Place(runtime, batch, seq, default_threads() if threads is None else threads)
+    surgery = surgery_of(dense.model, dense.signature.image, residual=True)
+    ratios = partial(cut_ratios, dense, head, surgery, place, seconds, progress)
+    if isinstance(surgery, ChannelSurgery):
+        return channel_table(surgery, dense.signature, place, widths, ratios)
+    return unit_table(surgery.groups, place, widths, ratios)
+
+
+def unit_table(groups: Sequence[UnitGroup], place: Place, widths: int, ratios: Ratios) -> LatencyTable:
+    """Measure models whose layers all keep the same, and split their latency into that of heads and of neurons."""
     attention, ffn = one_shape(groups, "head"), one_shape(groups, "neuron")
     full = Point(attention.size, ffn.size)
-    place = Place(runtime, batch, seq, default_threads() if threads is None else threads)
     points = [p for p in grid(*full, widths) if p != full]
-
-    def cut(point: Point) -> Candidate:
-        return Candidate(cut_alike(dense.model, groups, point), dense.processor, dense.signature)
-
-    found, dense_ns = {full: Ratio(1.0, 1.0, 1.0)}, []
-    with tempfile.TemporaryDirectory(prefix="deploy-prune-probe-") as folder:
-        whole = Stage(Path(folder), head, runtime).write("dense", cut(full))
-        for start in range(0, len(points), TOGETHER):
-            roots = {"dense": whole}
-            with tempfile.TemporaryDirectory(dir=folder) as beside:
-                stage = Stage(Path(beside), head, runtime)
-                for number, point in enumerate(points[start : start + TOGETHER]):
-                    roots[str(number)] = stage.write(str(number), cut(point))
-                    progress((start + 0.9 * (number + 1)) / len(points))
-                samples = time_bundles(roots, place, seconds)
-            dense_ns += samples["dense"]
-            for number, point in enumerate(points[start : start + TOGETHER]):
-                found[point] = ratio_of_medians(samples[str(number)], samples["dense"])
-            progress(min(1.0, (start + TOGETHER) / len(points)))
-    dense_ms = summarise_ms(dense_ns)["median"]
+    found, dense_ms = ratios([{g.name: p.heads if g.kind == "head" else p.neurons for g in groups} for p in points])
     layers = 1 + max(g.layer for g in groups)
-    kinds, base_ms = kind_tables(found, dense_ms, layers, attention.size, attention.width, ffn.size)
+    measured = {full: Ratio(1.0, 1.0, 1.0)} | dict(zip(points, found, strict=True))
+    kinds, base_ms = kind_tables(measured, dense_ms, layers, attention.size, attention.width, ffn.size)
     return LatencyTable(
-        runtime=runtime,
-        batch=batch,
-        seq=seq,
+        runtime=place.runtime,
+        batch=place.batch,
+        seq=place.seq,
         threads=place.threads,
         hidden=attention.hidden,
         layers=layers,
@@ -99,17 +91,114 @@ def probe(
     )
 
 
+def channel_table(
+    surgery: ChannelSurgery, signature: Signature, place: Place, widths: int, ratios: Ratios
+) -> ChannelLatency:
+    """Measure networks cut alike and raggedly, and fit ms = base + sum over classes (a FLOPs + b elements), a, b >= 0.
+
+    A class are the layers alike in positions and kernel; elements are those that they read and write. Every fourth
+    network is held out of a first fit to tell the error.
+    """
+    assert signature.image is not None
+    works, class_of = work_classes(surgery.graph)
+    whole = {g.name: g.size for g in surgery.groups}
+    plans = [whole, *channel_plans(surgery.groups, class_of, widths)]
+    found, dense_ms = ratios(plans[1:])
+    ms = dense_ms * np.array([1.0, *(r.value for r in found)])
+    features = np.array([[1.0, *(t.cost(p) for w in works for t in (w.flops, w.elements))] for p in plans])
+    held = np.arange(len(plans)) % 4 == 3
+    trial = fit_rates(features[~held], ms[~held])
+    errors = np.abs(features[held] @ trial / ms[held] - 1)
+    rates = fit_rates(features, ms)
+    table = ChannelLatency(
+        runtime=place.runtime,
+        batch=place.batch,
+        threads=place.threads,
+        image=signature.image,
+        sizes=whole,
+        base_ms=float(rates[0]),
+        dense_ms=dense_ms,
+        single={},
+        double=[],
+        points=[
+            ChannelPoint(flops=surgery.flops_of(p) / surgery.flops(1), ms=t, fitted_ms=f)
+            for p, t, f in zip(plans, ms.tolist(), (features @ rates).tolist(), strict=True)
+        ],
+        mean_error=float(errors.mean()),
+        largest_error=float(errors.max()),
+        machine=describe_machine(place.threads),
+    )
+    double: dict[tuple[str, str], float] = {}
+    for rate, term in zip(rates[1:], (t for w in works for t in (w.flops, w.elements)), strict=True):
+        table.base_ms += float(rate) * term.base
+        for name, cost in term.single.items():
+            table.single[name] = table.single.get(name, 0.0) + float(rate) * cost
+        for pair, cost in term.double.items():
+            double[pair] = double.get(pair, 0.0) + float(rate) * cost
+    table.double = [(*pair, cost) for pair, cost in double.items()]
+    return table
+
+
+def channel_plans(groups: Sequence[Units], class_of: Mapping[str, str], widths: int) -> list[dict[str, int]]:
+    """Return counts per group of `widths` - 1 networks cut alike, and of twice `widths` ragged ones (seed 0)."""
+    rng = np.random.default_rng(0)
+    shares = [dict.fromkeys(class_of, i / widths) for i in range(1, widths)]
+    for _ in range(2 * widths):
+        level = {name: rng.uniform(0.1, 1.0) for name in dict.fromkeys(class_of.values())}
+        shares.append({name: level[kind] * rng.uniform(0.6, 1.4) for name, kind in class_of.items()})
+    return [{g.name: int(np.clip(round(s[g.name] * g.size), 1, g.size)) for g in groups} for s in shares]
+
+
+def fit_rates(features: np.ndarray, ms: np.ndarray) -> np.ndarray:
+    """Return rates >= 0 (K,) by which features (N, K) give ms (N,), relative errors least squared."""
+    from scipy.optimize import nnls
+
+    scale = features.max(axis=0)
+    scale[scale == 0] = 1.0
+    rates, _ = nnls(features / scale / ms[:, None], np.ones(len(ms)))
+    return np.asarray(rates / scale)
+
+
+def cut_ratios(
+    dense: Dense,
+    head: Head,
+    surgery: Surgery,
+    place: Place,
+    seconds: float,
+    progress: Progress,
+    plans: Sequence[Mapping[str, int]],
+) -> tuple[list[Ratio], float]:
+    """Return the latency of models that keep each group's first units, as ratios to dense, and dense's median in ms."""
+
+    def cut(counts: Mapping[str, int]) -> Candidate:
+        masks = MaskSet({g.name: np.zeros(g.size) for g in surgery.groups})
+        for name, count in counts.items():
+            masks[name][:count] = 1.0
+        model = surgery.slice(SlicePlan.from_masks(surgery.groups, masks))
+        return Candidate(model, dense.processor, dense.signature)
+
+    found: list[Ratio] = []
+    dense_ns: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="deploy-prune-probe-") as folder:
+        whole = Stage(Path(folder), head, place.runtime).write("dense", cut({g.name: g.size for g in surgery.groups}))
+        for start in range(0, len(plans), TOGETHER):
+            roots = {"dense": whole}
+            with tempfile.TemporaryDirectory(dir=folder) as beside:
+                stage = Stage(Path(beside), head, place.runtime)
+                for number, counts in enumerate(plans[start : start + TOGETHER]):
+                    roots[str(number)] = stage.write(str(number), cut(counts))
+                    progress((start + 0.9 * (number + 1)) / len(plans))
+                samples = time_bundles(roots, place, seconds)
+            beside_them = samples.pop("dense")
+            found += [ratio_of_medians(times, beside_them) for times in samples.values()]
+            dense_ns += beside_them
+            progress(min(1.0, (start + TOGETHER) / len(plans)))
+    return found, summarise_ms(dense_ns)["median"]
+
+
 def one_shape(groups: Sequence[UnitGroup], kind: str) -> UnitGroup:
     """Return a group of the kind; all must be of one shape. Raises InputError otherwise."""
     alike = [g for g in groups if g.kind == kind]
     if len({(g.size, g.width, g.hidden) for g in alike}) != 1:
         raise InputError(f"The layers' {kind}s differ in number or width: one table cannot stand for them all.")
     return alike[0]
-
-
-def cut_alike(model: nn.Module, groups: Sequence[UnitGroup], point: Point) -> nn.Module:
-    """Return the model with the first units of every layer, as many as the point says."""
-    masks = MaskSet({g.name: np.zeros(g.size) for g in groups})
-    for g in groups:
-        masks[g.name][: point.heads if g.kind == "head" else point.neurons] = 1.0
-    return slice_model(model, groups, SlicePlan.from_masks(groups, masks))

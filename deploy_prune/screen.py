@@ -17,7 +17,7 @@ from rich.table import Table
 
 from .bundle import Artifact
 from .errors import DeployPruneError
-from .latency_table import LatencyTable
+from .latency_table import ChannelLatency, LatencyTable
 from .progress import Progress as ShareDone
 
 out = Console()
@@ -93,8 +93,11 @@ def print_internal_error(error: BaseException) -> None:
     )
 
 
-def print_latency_table(table: LatencyTable) -> None:
-    """Print what one layer's attention and FFN take at every measured count."""
+def print_latency_table(table: LatencyTable | ChannelLatency) -> None:
+    """Print what was measured: one layer's attention and FFN at every count, or whole networks cut to channels."""
+    if isinstance(table, ChannelLatency):
+        _print_channel_latency(table)
+        return
     where = f"{table.runtime}, batch {table.batch}, {table.seq} tokens: dense {table.dense_ms:.2f} ms"
     grid = Table(title=f"{where}, of which {table.base_ms:.2f} ms cannot be cut", title_justify="left")
     for name in ("per layer", "kept", "ms", "95% interval", "share of the full one"):
@@ -104,6 +107,17 @@ def print_latency_table(table: LatencyTable) -> None:
             share = f"{100 * ms / costs.ms[-1]:.0f}%" if costs.ms[-1] else "-"
             grid.add_row(f"{kind}s", str(count), f"{ms:.3f}", f"{low:.3f} to {high:.3f}", share)
     out.print(grid)
+
+
+def _print_channel_latency(table: ChannelLatency) -> None:
+    where = f"{table.runtime}, batch {table.batch}: dense {table.dense_ms:.3f} ms"
+    grid = Table(title=f"{where}, of which {table.base_ms:.3f} ms cannot be cut", title_justify="left")
+    for name in ("FLOPs kept", "ms", "by the table"):
+        grid.add_column(name, justify="right")
+    for point in sorted(table.points, key=lambda p: -p.flops):
+        grid.add_row(f"{100 * point.flops:.1f}%", f"{point.ms:.3f}", f"{point.fitted_ms:.3f}")
+    out.print(grid)
+    out.print(f"Held-out networks: {table.mean_error:.1%} off in the mean, {table.largest_error:.1%} at most.")
 
 
 def print_summary(rows: Sequence[dict[str, Any]], where: str, part: str = "encoder") -> None:

@@ -115,7 +115,11 @@ class ChannelSurgery:
         return mask_channels(scatter_channels(self.model, self.graph, plan, state), self.graph, plan.folded())
 
     def flops(self, seq_len: int, plan: SlicePlan | None = None) -> int:
-        return int(channel_flops(self.graph).cost(counts_of(self.groups, plan)))
+        return self.flops_of(counts_of(self.groups, plan))
+
+    def flops_of(self, counts: Mapping[str, int]) -> int:
+        """Return the FLOPs at these channels per group."""
+        return int(channel_flops(self.graph).cost(counts))
 
     def removed_params(self, plan: SlicePlan) -> int:
         return self.params - int(channel_params(self.graph, self.params).cost(counts_of(self.groups, plan)))

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import deploy_prune
 from deploy_prune.bundle import VARIANTS, Bundle
+from deploy_prune.channel_costs import channel_latency
 from deploy_prune.checkpoint import load_dense, load_variant
 from deploy_prune.cli import app
 from deploy_prune.config import ALLOW_CODE, BenchSettings, load_recipe
@@ -25,15 +26,17 @@ from deploy_prune.errors import BundleError, DeployPruneError, InputError, Unsup
 from deploy_prune.experiments import Setting, run_experiment
 from deploy_prune.experiments.methods import CHANNEL_STAGES, CHANNEL_TRADEOFF
 from deploy_prune.export import verify_bundle
+from deploy_prune.latency_table import ChannelLatency, read_latency_table
 from deploy_prune.module_checkpoint import FILE, read_module_config
 from deploy_prune.pipeline import run, slice_given
-from deploy_prune.probing import probe
+from deploy_prune.probing import fit_rates, probe
 from deploy_prune.runtime_bench.bench import bench_bundle
 from deploy_prune.runtime_bench.flops import count_onnx
 from deploy_prune.runtimes import open_runner
+from deploy_prune.screen import print_latency_table
 from deploy_prune.serve import load as serve
 from deploy_prune.signature import Signature
-from deploy_prune.surgery import surgery_of
+from deploy_prune.surgery import ChannelSurgery, surgery_of
 from deploy_prune.units import MaskSet
 
 FAMILIES = ("basic", "mobilenet", "vgg", "resnet")  # the last one is of transformers
@@ -184,9 +187,36 @@ def test_residual_streams_are_only_of_convolutions(tmp_path: Path) -> None:
         run(load_recipe(**given, cut_residual=True))
 
 
-def test_a_latency_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="Latency tables"):
-        probe(str(channel_checkpoint(tmp_path / "model")), seq=1)
+def test_a_latency_budget_goes_by_a_measured_table(tmp_path: Path) -> None:
+    given = settings(tmp_path)
+    table = probe(given["model"], widths=2, seconds=0.1)
+    assert isinstance(table, ChannelLatency)
+    assert len(table.points) == 1 + 1 + 4
+    assert table.points[0].flops == 1.0
+    (tmp_path / "lut.json").write_text(table.model_dump_json())
+    surgery = surgery_of(load_dense(given["model"], "classification").model, (3, 16, 16), residual=True)
+    assert isinstance(surgery, ChannelSurgery)
+    costs = channel_latency(surgery.graph, table)
+    assert costs.dense == pytest.approx(table.points[0].fitted_ms)
+    inner = surgery_of(surgery.model, (3, 16, 16))
+    assert isinstance(inner, ChannelSurgery)
+    assert channel_latency(inner.graph, table).dense == pytest.approx(costs.dense)
+    print_latency_table(read_latency_table(tmp_path / "lut.json"))
+    share = (1 + table.base_ms / costs.dense) / 2
+    recipe = load_recipe(**given | {"keep_flops": None}, keep_latency=share, lut=str(tmp_path / "lut.json"))
+    made = run(recipe, export=False, bench=False)
+    (limit,) = made.manifest.budget["limits"]
+    assert limit["kind"] == "latency"
+    assert limit["reached"] <= limit["limit"]
+    other = channel_checkpoint(tmp_path / "other", "vgg")
+    with pytest.raises(InputError, match="measured on another network"):
+        run(load_recipe(**given | {"keep_flops": None, "model": str(other)}, keep_latency=0.9, lut=recipe.lut))
+
+
+def test_rates_are_found_again() -> None:
+    rng = np.random.default_rng(0)
+    features, rates = rng.uniform(1, 1e6, (20, 5)), np.array([1e-3, 2e-9, 0.0, 5e-8, 1e-9])
+    assert fit_rates(features, features @ rates) == pytest.approx(rates, rel=1e-6, abs=1e-12)
 
 
 def test_code_is_run_only_where_it_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

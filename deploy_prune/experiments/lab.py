@@ -164,7 +164,10 @@ class Lab:
         """Return the latency table. Raises InputError when none was given."""
         if self.setting.lut is None:
             raise InputError("This experiment needs a latency table.", hint="Make one with deploy-prune probe: --lut.")
-        return read_latency_table(self.setting.lut)
+        table = read_latency_table(self.setting.lut)
+        if not isinstance(table, LatencyTable):
+            raise InputError(f"{self.setting.lut} is the table of a convolutional network.", hint="Probe this model.")
+        return table
 
     def predicted(self, found: PrunedPlan) -> float:
         """Return a plan's latency by the table, as a share of the dense model's."""
