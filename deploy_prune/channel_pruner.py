@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,10 +18,11 @@ from .compensate.conv import ignoring, sweep_channels
 from .compensate.fold import fold_channels, renorm
 from .compensate.layers import SweepResult
 from .costs import Budget, Limit
-from .criteria import Criterion, Evidence
+from .criteria import Criterion, Evidence, get_criterion
 from .criteria.base import Scores
 from .errors import InputError
 from .graph_runner import GraphRunner
+from .masking import Updates
 from .progress import Progress
 from .pruner import Pruner, search_units
 from .stages import Options
@@ -53,8 +55,6 @@ class ChannelPruner(Pruner):
         return channel_limits(budget, self.graph, sum(p.numel() for p in self.model.parameters()))
 
     def check(self, options: Options) -> None:
-        if options.steps > 1:
-            raise InputError("Channels are cut in one step.", hint="Leave steps at 1.")
         if options.depth or options.left_out:
             raise InputError("Whole blocks of a convolutional network cannot be left out.", hint="Leave depth out.")
         if options.forward_dtype != "fp32":
@@ -78,6 +78,21 @@ class ChannelPruner(Pruner):
         )
         check_finite(stats)
         return stats
+
+    def rescore(
+        self, plan: SlicePlan, student: nn.Module | None, updates: Updates, options: Options, progress: Progress
+    ) -> tuple[Scores, float]:
+        """Return every channel's score in the sliced network, traced anew, and its mean loss."""
+        criterion = get_criterion(options.criterion)
+        smaller = self.surgery.slice(plan, updates) if student is None else student
+        inner = ChannelPruner(smaller, self.head, self.rows, residual=self.residual, reporter=self.reporter)
+        stats = inner.statistics(smaller, options, criterion, progress)
+        found = criterion(inner.evidence(smaller, options, stats))
+        scores = {g.name: np.zeros(g.size) for g in self.groups}
+        for g in self.groups:
+            if plan[g.name].count:  # a group of none is no longer there
+                scores[g.name][list(plan[g.name].kept)] = found[g.name]
+        return scores, float(stats.mean_loss)
 
     def evidence(
         self,

@@ -54,6 +54,11 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
 
     reporter = reporter or Silent()
     device = resolve_device(recipe.device)
+    if recipe.recovers and device.index:
+        raise InputError(
+            f"Recovery trains on the first GPU that is visible, not on {device}.",
+            hint=f"Make it the first: CUDA_VISIBLE_DEVICES={device.index}, with --device cuda.",
+        )
     source, task_name, recipe = _resolve(recipe, reporter)
     destination = recipe.destination(task_name)
     recipe = recipe.model_copy(update={"out": str(destination)})

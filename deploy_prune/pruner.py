@@ -22,7 +22,7 @@ from .criteria.base import Scores
 from .criteria.fisher import PAPER_BATCH_ROWS
 from .depth import choose
 from .heads import Head
-from .masking import mask_model
+from .masking import Updates, mask_model
 from .progress import Progress, Reporter, Silent
 from .rearrange import rearrange
 from .search import Search, search
@@ -226,27 +226,32 @@ class Pruner:
     ) -> Scores:
         """Prune in steps by the cubic schedule; return the scores on the model of the last step but one.
 
-        After each step the model is masked and compensated, and its statistics are taken anew; what is cut
-        is worth nothing from then on. Source: Zhu and Gupta 2017, To Prune or Not to Prune, equation 1.
+        After each step the model is cut and compensated, and its units are scored anew; what is cut is worth nothing
+        from then on. Source: Zhu and Gupta 2017, To Prune or Not to Prune, equation 1.
         """
-        criterion = get_criterion(options.criterion)
         for step in range(1, options.steps):
             with recorder.stage(f"step {step}") as record, self.reporter.stage(f"step {step}") as progress:
                 done = 1 - (1 - step / options.steps) ** 3
                 partly = [Limit.share(x.table, 1 - (1 - x.keep) * done) for x in limits]
                 plan = SlicePlan.from_masks(self.groups, search_units(self.groups, scores, partly, options).masks)
-                updates = {}
+                student, swept = None, SweepResult({}, {}, [])
                 if options.compensate != "none":
-                    swept = self.compensate(plan, scores, stats, partly, options, lambda share: progress(share / 2))
-                    plan, updates = with_scales(plan, swept[1].scales), swept[1].updates
-                masked = mask_model(self.model, self.groups, plan, updates)
-                fresh = self.statistics(masked, options, criterion, lambda share: progress(0.5 + share / 2))
-                evidence = self.evidence(masked, options, fresh)
-                scores = criterion(evidence)
+                    student, swept = self.compensate(plan, scores, stats, partly, options, lambda x: progress(x / 2))
+                    plan = with_scales(plan, swept.scales)
+                scores, loss = self.rescore(plan, student, swept.updates, options, lambda x: progress(0.5 + x / 2))
                 for g in self.groups:
                     scores[g.name][sorted(set(range(g.size)) - set(plan[g.name].kept))] = 0.0
-                record |= {"kept": [x.keep for x in partly], "mean_loss": float(fresh.mean_loss)}
+                record |= {"kept": [x.keep for x in partly], "mean_loss": loss}
         return scores
+
+    def rescore(
+        self, plan: SlicePlan, student: nn.Module | None, updates: Updates, options: Options, progress: Progress
+    ) -> tuple[Scores, float]:
+        """Return every unit's score in the model that a plan leaves, as masks of the dense one, and its mean loss."""
+        criterion = get_criterion(options.criterion)
+        masked = mask_model(self.model, self.groups, plan, updates)
+        stats = self.statistics(masked, options, criterion, progress)
+        return criterion(self.evidence(masked, options, stats)), float(stats.mean_loss)
 
     def statistics(
         self, model: nn.Module, options: Options, criterion: Criterion, progress: Progress

@@ -191,17 +191,28 @@ def test_several_limits_and_params() -> None:
     assert all(x["reached"] <= x["limit"] for x in found.limits)
 
 
+@pytest.mark.parametrize("compensate", ["none", "refit"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_score_the_sliced_network_anew(family: str, compensate: str) -> None:
+    pruner = ChannelPruner(tiny_cnn(family), HEAD, rows(family, 32), residual=True)
+    options = Options(criterion="fisher", compensate=compensate, rearrange="none", steps=3)
+    found = pruner.prune(Budget(0.5), options)
+    steps = [s for s in found.stages if s["name"].startswith("step")]
+    assert [s["kept"][0] for s in steps] == pytest.approx([1 - 0.5 * (1 - (2 / 3) ** 3), 1 - 0.5 * (1 - (1 / 3) ** 3)])
+    assert found.limits[0]["reached"] <= found.limits[0]["limit"]
+    assert all(np.isfinite(s["mean_loss"]) for s in steps)
+
+
 def test_what_is_not_there_is_refused() -> None:
     pruner = ChannelPruner(tiny_cnn("vgg"), HEAD, rows("vgg", 32))
     for options in (
-        Options(steps=2),
         Options(forward_dtype="bf16"),
         Options(compensate="magic"),
         Options(search="paper"),
     ):
         with pytest.raises(InputError):
             pruner.prune(Budget(0.5), options)
-    with pytest.raises(InputError, match="Latency"):
+    with pytest.raises(InputError, match="latency budget"):
         pruner.prune(Budget(keep_latency=0.5), Options(compensate="none", criterion="random", rearrange="none"))
     assert issubclass(ChannelPruner, Pruner)
 

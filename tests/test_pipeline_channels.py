@@ -169,7 +169,6 @@ def test_given_masks_cut_channels(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"drop_layers": 1}, "blocks of a convolutional network"),
-        ({"steps": 2}, "in one step"),
         ({"seq_len": 7}, "1 tokens of every image"),
         ({"compensate": "fuse"}, "fuse"),
     ],
