@@ -6,7 +6,7 @@ bundle is loaded, so that importing this module stays cheap.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -79,6 +79,8 @@ class Predictor:
         self.runner: Runner | None = runner
         self.preparation = preparation
         self.head = str(bundle.manifest.task["head"])
+        self.vocabulary = int(config.get("vocab_size") or 0)  # 0 where it is not known
+        self.token_types = int(config.get("type_vocab_size") or 1)
         self._labels = [str(label) for label in bundle.manifest.task.get("labels") or ()]
         names = config.get("id2label") or dict(enumerate(config.get("labels") or ()))
         self._id2label = {int(key): str(label) for key, label in names.items()}
@@ -96,10 +98,18 @@ class Predictor:
         rows, answers = self.preparation.check(inputs), []
         for begin in range(0, len(rows), BATCH_ROWS):
             batch = rows[begin : begin + BATCH_ROWS]
-            prepared = self.preparation.prepare(batch, begin)
-            outputs = self.infer(self._feeds(prepared))
-            answers += read_answers(self.head, outputs, prepared, batch, self._names)
+            prepared, feeds = self.prepare(batch, begin)
+            answers += self.answers(self.infer(feeds), prepared, batch)
         return answers
+
+    def prepare(self, rows: Sequence[Any], first: int = 0) -> tuple[Any, dict[str, np.ndarray]]:
+        """Return checked texts or images as encodings or pixel values, and as the model's inputs (B, ...)."""
+        prepared = self.preparation.prepare(rows, first)
+        return prepared, self._feeds(prepared)
+
+    def answers(self, outputs: Mapping[str, np.ndarray], prepared: Any, rows: Sequence[Any]) -> list[Any]:
+        """Return the answer of each row from the model's outputs (B, ...)."""
+        return read_answers(self.head, outputs, prepared, rows, self._names)
 
     def outputs(self, inputs: Any) -> dict[str, np.ndarray]:
         """Return the model's raw outputs by name, all texts in one batch padded to the longest, or all images.
@@ -108,7 +118,7 @@ class Predictor:
         empty list. Raises InputError as a call does.
         """
         rows = self.preparation.check(inputs)
-        return self.infer(self._feeds(self.preparation.prepare(rows, 0))) if rows else {}
+        return self.infer(self.prepare(rows)[1]) if rows else {}
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the model on its own inputs (B, T) or (B, C, H, W) and return its outputs by name.

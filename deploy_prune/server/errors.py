@@ -1,0 +1,46 @@
+"""What a request can end with, and what each protocol calls it."""
+
+from __future__ import annotations
+
+from ..errors import DeployPruneError, InputError
+
+
+class NotFoundError(DeployPruneError):
+    """There is no such model, version or output."""
+
+
+class BusyError(DeployPruneError):
+    """The queue is full, or the server is going down: try again later, or elsewhere."""
+
+
+class LateError(DeployPruneError):
+    """The request's time is over."""
+
+
+class TooLargeError(InputError):
+    """The request is larger than the server takes."""
+
+
+HTTP_STATUS: tuple[tuple[type[Exception], int], ...] = (
+    (NotFoundError, 404),
+    (BusyError, 503),
+    (LateError, 504),
+    (TooLargeError, 413),
+    (InputError, 400),
+)
+GRPC_STATUS: tuple[tuple[type[Exception], str], ...] = (
+    (NotFoundError, "NOT_FOUND"),
+    (BusyError, "RESOURCE_EXHAUSTED"),
+    (LateError, "DEADLINE_EXCEEDED"),
+    (InputError, "INVALID_ARGUMENT"),
+)
+
+
+def http_status(error: Exception) -> int:
+    """Return the HTTP status of an error; 500 where it is the server's fault."""
+    return next((status for kind, status in HTTP_STATUS if isinstance(error, kind)), 500)
+
+
+def grpc_status(error: Exception) -> str:
+    """Return the name of the gRPC status of an error; INTERNAL where it is the server's fault."""
+    return next((status for kind, status in GRPC_STATUS if isinstance(error, kind)), "INTERNAL")

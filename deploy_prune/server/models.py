@@ -1,0 +1,343 @@
+"""Models by name and version: loaded, warmed, replaced without a dropped request, rolled back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..bundle import sha256_file
+from ..errors import InputError
+from ..serve.loader import Predictor
+from ..serve.loader import load as open_bundle
+from ..signature import Signature
+from .batching import Arrays, Batcher, Merging
+from .errors import BusyError, NotFoundError, TooLargeError
+from .tensors import BYTES, datatype_of
+
+if TYPE_CHECKING:
+    from ..bundle import Variant
+
+log = logging.getLogger("deploy_prune.server")
+ANSWERS = ".answers"  # behind a model's name: texts or images in, answers out
+MANIFEST = "manifest.json"
+WARM_ROWS = (1, 2)
+KEPT_VERSIONS = 2  # the default and the one before it, to go back to
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Say how bundles are opened and how requests are gathered."""
+
+    variant: Variant = "sliced"
+    runtime: str = "ort"
+    precision: str = "fp32"
+    threads: int | None = None
+    most_rows: int = 32
+    queue_rows: int = 256
+    wait: float = 0.0
+    request_rows: int = 128
+    request_elements: int = 1 << 24
+
+
+class Version:
+    """Hold one open bundle, ready to answer; made by `Version.open`."""
+
+    def __init__(self, name: str, number: int, root: Path, digest: str, predictor: Predictor, serving: Serving) -> None:
+        self.name, self.number, self.root, self.digest = name, number, root, digest
+        self.predictor, self.serving = predictor, serving
+        self.using = 0
+        self.signature = Signature.of_manifest(predictor.bundle.manifest.model)
+        self.head = predictor.head
+        self.on_run: Callable[[int, float], None] = lambda rows, seconds: None
+        per_token = {"token": ("logits",), "qa": ("start_logits", "end_logits")}.get(self.head, ())
+        pads = None if self.signature.image else {"input_ids": int(predictor.bundle.manifest.model.get("pad_id", 0))}
+        self.batcher = Batcher(
+            predictor.infer,
+            Merging(pads, frozenset(per_token)),
+            most_rows=serving.most_rows,
+            queue_rows=serving.queue_rows,
+            wait=serving.wait,
+            on_run=lambda rows, seconds: self.on_run(rows, seconds),
+        )
+
+    @classmethod
+    async def open(cls, name: str, number: int, root: Path, serving: Serving) -> Version:
+        """Open a bundle and run it once at some sizes, away from the event loop."""
+        digest = sha256_file(root / MANIFEST)
+
+        def work() -> Predictor:
+            predictor = open_bundle(root, serving.runtime, serving.variant, serving.precision, serving.threads)
+            for rows in WARM_ROWS:
+                predictor.infer(warm_feeds(predictor, rows))
+            return predictor
+
+        return cls(name, number, root, digest, await asyncio.to_thread(work), serving)
+
+    async def infer(self, feeds: Arrays) -> Arrays:
+        """Return the outputs of raw inputs, checked first, so that one bad request spoils no batch."""
+        from ..runtimes.base import check_feeds
+
+        runner = self.predictor.runner
+        if runner is None:
+            raise BusyError("The model is being unloaded.", hint="Ask again.")
+        check_feeds(runner.inputs, feeds)
+        self._check_rows(len(next(iter(feeds.values()))))
+        self._check_values(feeds)
+        return await self.batcher.infer(feeds)
+
+    async def answer(self, given: Sequence[Any]) -> list[Any]:
+        """Return the answers of texts or images."""
+        rows = self.predictor.preparation.check(list(given))
+        self._check_rows(len(rows))
+        prepared, feeds = await asyncio.to_thread(self.predictor.prepare, rows)
+        outputs = await self.batcher.infer(feeds)
+        return self.predictor.answers(outputs, prepared, rows)
+
+    async def close(self) -> None:
+        """Let what is running end, and free the model."""
+        await self.batcher.close()
+        while self.using:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(self.predictor.close)
+
+    def inputs(self) -> list[dict[str, Any]]:
+        """Return the raw inputs as the protocol's metadata has them, -1 for a free axis."""
+        runner = self.predictor.runner
+        specs = runner.inputs if runner else ()
+        return [
+            {
+                "name": s.name,
+                "datatype": datatype_of(np.empty(0, s.dtype)),
+                "shape": [n if isinstance(n, int) else -1 for n in s.shape],
+            }
+            for s in specs
+        ]
+
+    def outputs(self) -> list[dict[str, Any]]:
+        """Return the raw outputs as the protocol's metadata has them."""
+        golden = self.predictor.bundle.golden()
+        shapes = {n: a for case in golden[:1] for n, a in case.outputs[self.serving.variant].items()}
+        per_token = self.batcher.merging.per_token
+        return [
+            {"name": n, "datatype": "FP32", "shape": [-1, *(-1 if n in per_token and i == 0 else s for i, s in enumerate(a.shape[1:]))]}
+            for n, a in shapes.items()
+        ]
+
+    def answer_inputs(self) -> list[dict[str, Any]]:
+        """Return what the answering side of the model takes."""
+        name = "image" if self.signature.image else "text"
+        return [{"name": name, "datatype": BYTES, "shape": [-1, -1] if self.head == "qa" else [-1]}]
+
+    def answer_outputs(self) -> list[dict[str, Any]]:
+        """Return what the answering side of the model gives."""
+        more = {
+            "classification": [("label", BYTES, [-1]), ("score", "FP32", [-1])],
+            "regression": [("value", "FP32", [-1])],
+            "embedding": [("embedding", "FP32", [-1, -1])],
+        }.get(self.head, [])
+        return [{"name": n, "datatype": d, "shape": s} for n, d, s in [("answer", BYTES, [-1]), *more]]
+
+    def read_given(self, feeds: Arrays) -> list[Any]:
+        """Return the texts, pairs or image files of a request to the answering side."""
+        (wanted,) = self.answer_inputs()
+        if set(feeds) != {wanted["name"]} or feeds[wanted["name"]].dtype != object:
+            raise InputError(f"This model takes one input, '{wanted['name']}' of {BYTES}.")
+        array = feeds[wanted["name"]]
+        if self.signature.image:
+            return [bytes(x) for x in array.reshape(-1)]
+        try:
+            texts = [[x.decode("utf-8") for x in row] for row in array.reshape(len(array), -1)]
+        except UnicodeDecodeError as error:
+            raise InputError("A text is not UTF-8.") from error
+        if array.ndim > 2 or len(texts[0]) > 2:
+            raise InputError(f"Texts have the shape [rows], pairs [rows, 2], not {list(array.shape)}.")
+        return [row[0] if len(row) == 1 else tuple(row) for row in texts]
+
+    def write_answers(self, answers: Sequence[Any]) -> Arrays:
+        """Return answers as the outputs of the answering side."""
+
+        def plain(value: Any) -> Any:
+            return value.tolist() if isinstance(value, np.ndarray) else value
+
+        def texts(values: Sequence[str]) -> np.ndarray:
+            array = np.empty(len(values), dtype=object)
+            array[:] = [v.encode("utf-8") for v in values]
+            return array
+
+        outputs = {"answer": texts([json.dumps(a, default=plain, ensure_ascii=False) for a in answers])}
+        if self.head == "classification":
+            outputs["label"] = texts([a["label"] for a in answers])
+            outputs["score"] = np.array([a["score"] for a in answers], np.float32)
+        elif self.head in ("regression", "embedding"):
+            name = "value" if self.head == "regression" else "embedding"
+            outputs[name] = np.array([a[name] for a in answers], np.float32)
+        return outputs
+
+    def _check_rows(self, rows: int) -> None:
+        most = min(self.serving.request_rows, self.serving.queue_rows)
+        if rows > most:
+            raise TooLargeError(f"The request has {rows} rows; at most {most} are taken.", hint="Send several.")
+
+    def _check_values(self, feeds: Arrays) -> None:
+        """Raise InputError for token ids that a runtime would read beyond its tables with."""
+        ids = feeds.get("input_ids")
+        size = self.predictor.vocabulary
+        if ids is not None and size and (int(ids.min()) < 0 or int(ids.max()) >= size):
+            raise InputError(f"input_ids must lie between 0 and {size - 1}.")
+        types = feeds.get("token_type_ids")
+        if types is not None and (int(types.min()) < 0 or int(types.max()) >= self.predictor.token_types):
+            raise InputError(f"token_type_ids must lie between 0 and {self.predictor.token_types - 1}.")
+
+
+def warm_feeds(predictor: Predictor, rows: int) -> Arrays:
+    """Return inputs of a loaded model to run it once: ones, of 16 tokens where the length is free."""
+    assert predictor.runner is not None
+    return {
+        s.name: np.ones([n if isinstance(n, int) else (rows if i == 0 else 16) for i, n in enumerate(s.shape)], s.dtype)
+        for s in predictor.runner.inputs
+    }
+
+
+@dataclass
+class Entry:
+    """Hold the versions of one name; `default` answers requests that name none."""
+
+    source: Path
+    versions: dict[int, Version] = field(default_factory=dict)
+    default: int | None = None
+    previous: int | None = None
+    newest: int = 0  # ever loaded: a version that was rolled back is not new again
+    loading: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Models:
+    """Hold every model that is served.
+
+    A source is a bundle, which may be replaced in its place, or a folder of bundles named by their version: 1, 2, ...
+    """
+
+    def __init__(self, serving: Serving) -> None:
+        self.serving = serving
+        self.entries: dict[str, Entry] = {}
+        self.closing = False
+        self.on_load: Callable[[Version], None] = lambda version: None
+
+    def add(self, name: str, source: Path) -> None:
+        """Name a source; nothing is opened yet. Raises InputError for a name that cannot stand in an address."""
+        if not name or not all(c.isalnum() or c in "-_" for c in name):
+            raise InputError(f"{name!r} is no name for a model.", hint="Use letters, digits, - and _.")
+        if not sources(source):
+            raise InputError(f"No bundle at {source}.", hint="Give a bundle, or a folder of bundles named 1, 2, ...")
+        self.entries[name] = Entry(source)
+
+    @property
+    def ready(self) -> bool:
+        """Say whether every model answers."""
+        return not self.closing and all(e.default is not None for e in self.entries.values())
+
+    async def load(self, name: str, number: int | None = None) -> Version:
+        """Open the newest version of a name, or the one that is asked for, and let it answer from now on.
+
+        Requests that run are answered by the version they began with. The version before stays open, to go back to.
+        Raises NotFoundError for an unknown name or version; what answered before goes on where opening fails.
+        """
+        entry = self._entry(name)
+        async with entry.loading:
+            found = sources(entry.source)
+            single = (entry.source / MANIFEST).is_file()
+            if number is None:
+                number = max(found) if found and not single else self._number_of_single(entry)
+            version = entry.versions.get(number)
+            if version is None:
+                root = entry.source if single else found.get(number)
+                if root is None or (single and number != self._number_of_single(entry)):
+                    raise NotFoundError(f"There is no version {number} of {name}.")
+                version = await Version.open(name, number, root, self.serving)
+                entry.versions[number] = version
+                entry.newest = max(entry.newest, number)
+                self.on_load(version)
+                log.info("loaded", extra={"model": name, "version": number, "bundle": str(root)})
+            if entry.default != number:
+                entry.previous, entry.default = entry.default, number
+            kept = {entry.default, entry.previous}
+            old = [entry.versions.pop(n) for n in list(entry.versions) if n not in kept]
+        for stale in old:
+            await stale.close()
+            log.info("unloaded", extra={"model": name, "version": stale.number})
+        return version
+
+    async def load_new(self, name: str) -> None:
+        """Load what has come since the last load, if anything has."""
+        entry = self._entry(name)
+        if (entry.source / MANIFEST).is_file():
+            newest = self._number_of_single(entry)
+        else:
+            newest = max(sources(entry.source), default=0)
+        if newest > entry.newest:
+            await self.load(name)
+
+    async def unload(self, name: str) -> None:
+        """Close every version of a name; it stays known, and can be loaded again."""
+        entry = self._entry(name)
+        async with entry.loading:
+            old, entry.versions, entry.default, entry.previous = list(entry.versions.values()), {}, None, None
+        for version in old:
+            await version.close()
+
+    async def close(self) -> None:
+        """Refuse new requests, answer those that wait, and free all models."""
+        self.closing = True
+        for name in self.entries:
+            await self.unload(name)
+
+    def get(self, name: str, number: int | str | None = None) -> Version:
+        """Return a version that answers. Raises NotFoundError, or BusyError while it is not ready."""
+        entry = self._entry(name.removesuffix(ANSWERS))
+        if self.closing:
+            raise BusyError("The server is going down.", hint="Ask another one.")
+        if number in (None, ""):
+            if entry.default is None:
+                raise BusyError(f"{name} is not ready.", hint="Ask again later.")
+            return entry.versions[entry.default]
+        try:
+            return entry.versions[int(str(number))]
+        except (KeyError, ValueError) as error:
+            raise NotFoundError(f"No version {number!r:.40} of {name} is loaded.") from error
+
+    @asynccontextmanager
+    async def use(self, name: str, number: int | str | None = None) -> AsyncIterator[Version]:
+        """Hold a version while a request runs on it."""
+        version = self.get(name, number)
+        version.using += 1
+        try:
+            yield version
+        finally:
+            version.using -= 1
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self.entries:
+            raise NotFoundError(f"There is no model {name!r:.80}.")
+        return self.entries[name]
+
+    def _number_of_single(self, entry: Entry) -> int:
+        """Return the number of the bundle that lies at a single source now: a new one when it was replaced."""
+        digest = sha256_file(entry.source / MANIFEST)
+        known = next((v.number for v in entry.versions.values() if v.digest == digest), None)
+        return entry.newest + 1 if known is None else known
+
+
+def sources(folder: Path) -> dict[int, Path]:
+    """Return the bundles of a source by version; a lone bundle is version 1."""
+    if (folder / MANIFEST).is_file():
+        return {1: folder}
+    if not folder.is_dir():
+        return {}
+    return {int(p.name): p for p in folder.iterdir() if p.name.isdigit() and (p / MANIFEST).is_file()}

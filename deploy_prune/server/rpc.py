@@ -1,0 +1,158 @@
+"""The protocol over gRPC, by the stubs that Triton's client package has."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc as stubs
+
+from .. import __version__
+from ..errors import DeployPruneError, InputError
+from .batching import Arrays
+from .engine import Engine
+from .errors import grpc_status
+from .http import EXTENSIONS
+from .tensors import BYTES, check_shape, datatype_of, from_bytes, from_json, to_bytes
+
+log = logging.getLogger("deploy_prune.server")
+CONTENTS = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    BYTES: "bytes_contents",
+}
+OPEN = ("/ServerLive", "/ServerReady")  # what needs no token
+
+
+class Service(stubs.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """Answer the calls of the protocol; all others are unimplemented."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    async def ServerLive(self, request: Any, context: Any) -> Any:
+        return pb.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request: Any, context: Any) -> Any:
+        return pb.ServerReadyResponse(ready=self.engine.models.ready)
+
+    async def ServerMetadata(self, request: Any, context: Any) -> Any:
+        return pb.ServerMetadataResponse(name="deploy_prune", version=__version__, extensions=EXTENSIONS)
+
+    async def ModelReady(self, request: Any, context: Any) -> Any:
+        return pb.ModelReadyResponse(ready=self.engine.ready(request.name, request.version))
+
+    async def ModelMetadata(self, request: Any, context: Any) -> Any:
+        said = self.engine.metadata(request.name, request.version)
+        tensors = {k: [pb.ModelMetadataResponse.TensorMetadata(**t) for t in said.pop(k)] for k in ("inputs", "outputs")}
+        return pb.ModelMetadataResponse(**said, **tensors)
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:
+        feeds = decode(request, self.engine.models.serving.request_elements)
+        wanted = [o.name for o in request.outputs]
+        answer = await self.engine.infer("grpc", request.model_name, request.model_version, feeds, wanted)
+        response = pb.ModelInferResponse(model_name=answer.model, model_version=str(answer.version), id=request.id)
+        for name, array in answer.outputs.items():
+            response.outputs.add(name=name, datatype=datatype_of(array), shape=array.shape)
+            response.raw_output_contents.append(to_bytes(array))
+        return response
+
+    async def RepositoryIndex(self, request: Any, context: Any) -> Any:
+        found = [pb.RepositoryIndexResponse.ModelIndex(**entry) for entry in self.engine.index()]
+        return pb.RepositoryIndexResponse(models=[m for m in found if not request.ready or m.state == "READY"])
+
+    async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
+        version = request.parameters.get("version")
+        asked = version.string_param or str(version.int64_param) if version else None
+        await self.engine.load(request.model_name, {"version": asked})
+        return pb.RepositoryModelLoadResponse()
+
+    async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:
+        await self.engine.models.unload(request.model_name)
+        return pb.RepositoryModelUnloadResponse()
+
+
+def decode(request: Any, most_elements: int) -> Arrays:
+    """Read the inputs of a request, raw or typed. Raises InputError."""
+    feeds: Arrays = {}
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise InputError(f"{len(request.inputs)} inputs come with {len(raw)} raw contents.")
+    for number, tensor in enumerate(request.inputs):
+        if tensor.name in feeds:
+            raise InputError(f"The input {tensor.name} is given twice.")
+        shape = check_shape(tensor.name, tensor.datatype, list(tensor.shape), most_elements)
+        if raw:
+            feeds[tensor.name] = from_bytes(tensor.name, tensor.datatype, shape, raw[number])
+            continue
+        if tensor.datatype not in CONTENTS:
+            raise InputError(f"Input {tensor.name}: {tensor.datatype} comes as raw contents only.")
+        values = list(getattr(tensor.contents, CONTENTS[tensor.datatype]))
+        if tensor.datatype == BYTES:
+            packed = b"".join(len(v).to_bytes(4, "little") + v for v in values)
+            feeds[tensor.name] = from_bytes(tensor.name, BYTES, shape, packed)
+        else:
+            feeds[tensor.name] = from_json(tensor.name, tensor.datatype, shape, values)
+    return feeds
+
+
+class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Ask for the token, and turn errors into statuses without a trace of the server's insides."""
+
+    def __init__(self, token: str | None) -> None:
+        self.token = token
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
+        handler = await continuation(details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+        given = dict(details.invocation_metadata or ()).get("authorization", "")
+        allowed = self.token is None or details.method.endswith(OPEN) or self._knows(str(given))
+
+        async def call(request: Any, context: Any) -> Any:
+            if not allowed:
+                await context.abort(grpc.StatusCode.UNAUTHENTICATED, "This server wants a token: authorization Bearer ...")
+            try:
+                return await handler.unary_unary(request, context)
+            except DeployPruneError as error:
+                hint = f" {error.hint}" if error.hint else ""
+                await context.abort(getattr(grpc.StatusCode, grpc_status(error)), f"{error.message}{hint}")
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                number = uuid.uuid4().hex[:12]
+                log.error("internal error", extra={"error_id": number}, exc_info=error)
+                await context.abort(grpc.StatusCode.INTERNAL, f"Internal error {number}.")
+
+        return grpc.unary_unary_rpc_method_handler(
+            call, handler.request_deserializer, handler.response_serializer
+        )
+
+    def _knows(self, given: str) -> bool:
+        return hmac.compare_digest(given.removeprefix("Bearer ").encode(), str(self.token).encode())
+
+
+async def start(
+    engine: Engine, address: str, *, token: str | None, most_bytes: int, credentials: Any = None
+) -> tuple[Any, int]:
+    """Start the gRPC server on an address; return it and its port."""
+    options = [("grpc.max_receive_message_length", most_bytes), ("grpc.max_send_message_length", most_bytes)]
+    server = grpc.aio.server(interceptors=[Guard(token)], options=options)
+    stubs.add_GRPCInferenceServiceServicer_to_server(Service(engine), server)
+    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+    await server.start()
+    return server, int(port)

@@ -1,0 +1,202 @@
+"""Start both protocols on one event loop, and end them without losing a request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from pythonjsonlogger.json import JsonFormatter
+
+from ..errors import InputError, SystemStateError
+from . import rpc
+from .engine import Engine
+from .http import make_app
+from .models import Models, Serving
+
+log = logging.getLogger("deploy_prune.server")
+KEEP_ALIVE = 5  # seconds an idle connection stays open
+POLL = 2.0  # seconds between looks at the bundles on disk
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Say where a server listens and what it lets in."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    grpc_port: int | None = 8001
+    token: str | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    most_bytes: int = 1 << 26
+    body_seconds: float = 10.0
+    request_seconds: float = 30.0
+    drain_seconds: float = 30.0
+    connections: int = 512
+    poll: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise InputError("TLS needs a certificate and its key.", hint="Give both --tls-cert and --tls-key.")
+        for path in (self.certificate, self.key):
+            if path is not None and not path.is_file():
+                raise InputError(f"There is no file {path}.")
+
+
+@dataclass
+class Server:
+    """Serve models until it is stopped; `port` and `grpc_port` are known once it has started."""
+
+    models: Mapping[str, Path]
+    serving: Serving
+    listening: Listening
+    port: int = 0
+    grpc_port: int = 0
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self) -> None:
+        """Load all models, answer until `stop` or a signal, then let everything that waits be answered.
+
+        Raises SystemStateError where a port is taken.
+        """
+        loop = asyncio.get_running_loop()
+        models = Models(self.serving)
+        engine = Engine(models, seconds=self.listening.request_seconds)
+        for name, source in self.models.items():
+            models.add(name, source)
+        web = self._web(engine)
+        http = asyncio.create_task(web.serve(sockets=[self._socket(web.config)]))
+        grpc_server = await self._grpc(engine)
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            try:
+                loop.add_signal_handler(sign, self.stop)
+            except (NotImplementedError, RuntimeError, ValueError):
+                log.debug("no signal handler in this thread")
+        try:
+            for name in self.models:
+                await models.load(name)
+            log.info("ready", extra={"port": self.port, "grpc_port": self.grpc_port, "models": list(self.models)})
+            self.started.set()
+            watching = asyncio.create_task(self._watch(models)) if self.listening.poll else None
+            await self.stopping.wait()
+            if watching:
+                watching.cancel()
+        finally:
+            log.info("stopping")
+            models.closing = True  # health says so, new requests are refused
+            if grpc_server:
+                await grpc_server.stop(self.listening.drain_seconds)
+            web.should_exit = True
+            await http
+            await models.close()
+            log.info("stopped")
+
+    def stop(self) -> None:
+        """Begin to end."""
+        self.stopping.set()
+
+    async def _watch(self, models: Models) -> None:
+        """Load what is new on disk; a bundle that cannot be opened is logged, and the old one goes on."""
+        while True:
+            await asyncio.sleep(POLL)
+            for name in self.models:
+                try:
+                    await models.load_new(name)
+                except Exception as error:
+                    log.warning("not loaded", extra={"model": name, "reason": str(error)})
+
+    def _web(self, engine: Engine) -> uvicorn.Server:
+        listening = self.listening
+        app = make_app(
+            engine, token=listening.token, most_bytes=listening.most_bytes, body_seconds=listening.body_seconds
+        )
+        config = uvicorn.Config(
+            app,
+            host=listening.host,
+            port=listening.port,
+            ssl_certfile=listening.certificate,
+            ssl_keyfile=listening.key,
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=KEEP_ALIVE,
+            limit_concurrency=listening.connections,
+            timeout_graceful_shutdown=int(listening.drain_seconds),
+            server_header=False,
+        )
+        server = uvicorn.Server(config)
+        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined,method-assign]
+        return server
+
+    def _socket(self, config: uvicorn.Config) -> Any:
+        import socket
+
+        family = socket.AF_INET6 if ":" in self.listening.host else socket.AF_INET
+        found = socket.socket(family)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind((self.listening.host, self.listening.port))
+        except OSError as error:
+            found.close()
+            raise SystemStateError(
+                f"Cannot listen on {self.listening.host}:{self.listening.port}: {error.strerror}.",
+                hint="Choose another --port or --host.",
+            ) from error
+        self.port = found.getsockname()[1]
+        return found
+
+    async def _grpc(self, engine: Engine) -> Any:
+        listening = self.listening
+        if listening.grpc_port is None:
+            return None
+        credentials = None
+        if listening.certificate and listening.key:
+            import grpc
+
+            pair = (listening.key.read_bytes(), listening.certificate.read_bytes())
+            credentials = grpc.ssl_server_credentials([pair])
+        host = f"[{listening.host}]" if ":" in listening.host else listening.host
+        try:
+            server, self.grpc_port = await rpc.start(
+                engine,
+                f"{host}:{listening.grpc_port}",
+                token=listening.token,
+                most_bytes=listening.most_bytes,
+                credentials=credentials,
+            )
+        except RuntimeError as error:
+            raise SystemStateError(
+                f"Cannot listen on {host}:{listening.grpc_port} for gRPC.", hint="Choose another --grpc-port."
+            ) from error
+        return server
+
+
+def structured_logs(level: str = "INFO") -> None:
+    """Write each log record as one line of JSON to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", rename_fields={"asctime": "time"})
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether an address is reached from this machine alone."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def tls_files_fit(certificate: Path, key: Path) -> None:
+    """Raise InputError for a certificate and a key that do not belong together."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except (ssl.SSLError, OSError) as error:
+        raise InputError(f"{certificate} and {key} are no certificate and its key: {error}.") from error
