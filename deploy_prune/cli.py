@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from . import __version__, cli_gate, cli_lab, screen
+from . import __version__, cli_gate, cli_lab, cli_serve, screen
 from .bundle import VARIANTS, Bundle, Variant, disk_errors, locked, write_atomically
 from .config import ALLOW_CODE, BenchSettings, ExportSettings, Recipe
 from .errors import DeployPruneError, MissingExtraError, SystemStateError, VerdictError
@@ -34,6 +34,14 @@ EXTRA_OF = {
     "matplotlib": "ci",
     "junitparser": "ci",
     "mlperf_loadgen": "loadgen",
+    "fastapi": "serve",
+    "grpc": "serve",
+    "orjson": "serve",
+    "prometheus_client": "serve",
+    "pythonjsonlogger": "serve",
+    "starlette": "serve",
+    "tritonclient": "serve",
+    "uvicorn": "serve",
     "torch": "cpu",
     "transformers": "cpu",
     "onnx": "cpu",
@@ -266,6 +274,7 @@ def report(
 
 
 app.add_typer(cli_gate.app)
+app.add_typer(cli_serve.app)
 app.add_typer(cli_lab.app)
 
 

@@ -116,6 +116,32 @@ class GateSettings(BaseModel):
     resolution: float = _field(0.03, "Slow-down above the limit that must not go unseen, else it is too noisy.", gt=0)
 
 
+class ServeSettings(BaseModel):
+    """Say how bundles are served; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    variant: Literal["dense", "virtual", "sliced"] = _field("sliced", "Which of a bundle's models.")
+    runtime: str = _field("ort", "ort, openvino, tensorrt or another runtime by its name.")
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = _field("fp32", "Precision of the exported file.")
+    threads: int | None = _field(None, "Threads of each model (default: the runtime's choice).", ge=1)
+    compare: bool = _field(False, "Serve the dense model beside each bundle's, as NAME-dense.")
+    host: str = _field("127.0.0.1", "Address to listen on; loopback alone by default.")
+    port: int = _field(8000, "Port of HTTP; 0 takes a free one.", ge=0, le=65535)
+    grpc_port: int = _field(8001, "Port of gRPC; 0 takes a free one, -1 leaves it out.", ge=-1, le=65535)
+    token_file: str | None = _field(None, "File whose first line clients must give as a bearer token.")
+    tls_cert: str | None = _field(None, "Certificate chain (PEM), for TLS.")
+    tls_key: str | None = _field(None, "Private key (PEM) of the certificate.")
+    batch_rows: int = _field(32, "Rows that go into one run at most.", ge=1)
+    queue_rows: int = _field(256, "Rows that may wait; more are refused with 503.", ge=1)
+    wait_ms: float = _field(0.0, "How long an idle model waits for company for a request.", ge=0)
+    request_rows: int = _field(128, "Rows of one request at most.", ge=1)
+    max_bytes: int = _field(1 << 26, "Bytes of one request at most.", ge=1024)
+    request_seconds: float = _field(30.0, "Time limit of a request, queue included.", gt=0)
+    drain_seconds: float = _field(30.0, "Time that running requests have when the server ends.", gt=0)
+    poll: bool = _field(False, "Look for newer versions on disk every two seconds.")
+
+
 class Recipe(ExportSettings):
     """Describe a run completely; unknown keys are refused."""
 

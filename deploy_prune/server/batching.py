@@ -165,8 +165,7 @@ class Batcher:
             return [self.run(batch[0].feeds)]
         longest = max(r.shape[0] for r in batch) if self.merging.pads is not None else 0
         feeds = {
-            name: np.concatenate([self._padded(name, r.feeds[name], longest) for r in batch])
-            for name in batch[0].feeds
+            name: np.concatenate([self._padded(name, r.feeds[name], longest) for r in batch]) for name in batch[0].feeds
         }
         outputs, found, at = self.run(feeds), [], 0
         for r in batch:

@@ -66,7 +66,9 @@ class LoadRequest(BaseModel):
     parameters: dict[str, Any] | None = None
 
 
-def make_app(engine: Engine, *, token: str | None = None, most_bytes: int = 1 << 26, body_seconds: float = 10.0) -> FastAPI:
+def make_app(
+    engine: Engine, *, token: str | None = None, most_bytes: int = 1 << 26, body_seconds: float = 10.0
+) -> FastAPI:
     """Return the application. Bodies have `most_bytes` at most, and must have arrived after `body_seconds`."""
     app = FastAPI(title="deploy_prune", version=__version__, docs_url=None, redoc_url=None)
     failures = {400: {}, 401: {}, 404: {}, 408: {}, 413: {}, 503: {}, 504: {}}
@@ -130,8 +132,9 @@ def make_app(engine: Engine, *, token: str | None = None, most_bytes: int = 1 <<
         ready = engine.ready(name, version or None)
         return _json({"name": name, "ready": ready}, 200 if ready else 503)
 
-    body = {"requestBody": {"required": True, "content": {"application/json": {"schema": InferRequest.model_json_schema(ref_template="#/components/schemas/{model}")}}}}
-    body["requestBody"]["content"]["application/json"]["schema"].pop("$defs", None)
+    schema = InferRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    body = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
     @app.post("/v2/models/{name}/infer", responses=failures, openapi_extra=body)
     @app.post("/v2/models/{name}/versions/{version}/infer", responses=failures, openapi_extra=body)

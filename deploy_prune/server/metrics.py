@@ -23,15 +23,24 @@ class Metrics:
             f"{prefix}_requests", "Requests by how they ended.", ("protocol", "model", "code"), registry=self.registry
         )
         self.latency = Histogram(
-            f"{prefix}_request_seconds", "From the decoded request to its outputs.", ("protocol", "model"),
-            buckets=SECONDS, registry=self.registry,
+            f"{prefix}_request_seconds",
+            "From the decoded request to its outputs.",
+            ("protocol", "model"),
+            buckets=SECONDS,
+            registry=self.registry,
         )
         self.run_seconds = Histogram(
-            f"{prefix}_run_seconds", "One run of a model.", ("model", "version"), buckets=SECONDS,
+            f"{prefix}_run_seconds",
+            "One run of a model.",
+            ("model", "version"),
+            buckets=SECONDS,
             registry=self.registry,
         )
         self.run_rows = Histogram(
-            f"{prefix}_run_rows", "Rows that went into one run.", ("model", "version"), buckets=ROWS,
+            f"{prefix}_run_rows",
+            "Rows that went into one run.",
+            ("model", "version"),
+            buckets=ROWS,
             registry=self.registry,
         )
         self.waiting = Gauge(

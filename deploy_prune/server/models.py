@@ -123,13 +123,10 @@ class Version:
 
     def outputs(self) -> list[dict[str, Any]]:
         """Return the raw outputs as the protocol's metadata has them."""
-        golden = self.predictor.bundle.golden()
-        shapes = {n: a for case in golden[:1] for n, a in case.outputs[self.serving.variant].items()}
-        per_token = self.batcher.merging.per_token
-        return [
-            {"name": n, "datatype": "FP32", "shape": [-1, *(-1 if n in per_token and i == 0 else s for i, s in enumerate(a.shape[1:]))]}
-            for n, a in shapes.items()
-        ]
+        variant, per_token = self.serving.variant, self.batcher.merging.per_token
+        shapes = {n: a.shape for case in self.predictor.bundle.golden()[:1] for n, a in case.outputs[variant].items()}
+        free = {n: [-1, *([-1, *shape[2:]] if n in per_token else shape[1:])] for n, shape in shapes.items()}
+        return [{"name": name, "datatype": "FP32", "shape": shape} for name, shape in free.items()]
 
     def answer_inputs(self) -> list[dict[str, Any]]:
         """Return what the answering side of the model takes."""
@@ -211,6 +208,7 @@ class Entry:
     """Hold the versions of one name; `default` answers requests that name none."""
 
     source: Path
+    serving: Serving
     versions: dict[int, Version] = field(default_factory=dict)
     default: int | None = None
     previous: int | None = None
@@ -230,13 +228,16 @@ class Models:
         self.closing = False
         self.on_load: Callable[[Version], None] = lambda version: None
 
-    def add(self, name: str, source: Path) -> None:
-        """Name a source; nothing is opened yet. Raises InputError for a name that cannot stand in an address."""
+    def add(self, name: str, source: Path, serving: Serving | None = None) -> None:
+        """Name a source, perhaps served in its own way; nothing is opened yet.
+
+        Raises InputError for a name that cannot stand in an address, or a source without a bundle.
+        """
         if not name or not all(c.isalnum() or c in "-_" for c in name):
             raise InputError(f"{name!r} is no name for a model.", hint="Use letters, digits, - and _.")
         if not sources(source):
             raise InputError(f"No bundle at {source}.", hint="Give a bundle, or a folder of bundles named 1, 2, ...")
-        self.entries[name] = Entry(source)
+        self.entries[name] = Entry(source, serving or self.serving)
 
     @property
     def ready(self) -> bool:
@@ -260,7 +261,7 @@ class Models:
                 root = entry.source if single else found.get(number)
                 if root is None or (single and number != self._number_of_single(entry)):
                     raise NotFoundError(f"There is no version {number} of {name}.")
-                version = await Version.open(name, number, root, self.serving)
+                version = await Version.open(name, number, root, entry.serving)
                 entry.versions[number] = version
                 entry.newest = max(entry.newest, number)
                 self.on_load(version)

@@ -58,7 +58,9 @@ class Service(stubs.GRPCInferenceServiceServicer):  # type: ignore[misc]
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:
         said = self.engine.metadata(request.name, request.version)
-        tensors = {k: [pb.ModelMetadataResponse.TensorMetadata(**t) for t in said.pop(k)] for k in ("inputs", "outputs")}
+        tensors = {
+            k: [pb.ModelMetadataResponse.TensorMetadata(**t) for t in said.pop(k)] for k in ("inputs", "outputs")
+        }
         return pb.ModelMetadataResponse(**said, **tensors)
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
@@ -125,7 +127,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         async def call(request: Any, context: Any) -> Any:
             if not allowed:
-                await context.abort(grpc.StatusCode.UNAUTHENTICATED, "This server wants a token: authorization Bearer ...")
+                await context.abort(grpc.StatusCode.UNAUTHENTICATED, "Give a token: authorization: Bearer ...")
             try:
                 return await handler.unary_unary(request, context)
             except DeployPruneError as error:
@@ -138,9 +140,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 log.error("internal error", extra={"error_id": number}, exc_info=error)
                 await context.abort(grpc.StatusCode.INTERNAL, f"Internal error {number}.")
 
-        return grpc.unary_unary_rpc_method_handler(
-            call, handler.request_deserializer, handler.response_serializer
-        )
+        return grpc.unary_unary_rpc_method_handler(call, handler.request_deserializer, handler.response_serializer)
 
     def _knows(self, given: str) -> bool:
         return hmac.compare_digest(given.removeprefix("Bearer ").encode(), str(self.token).encode())

@@ -7,7 +7,7 @@ import logging
 import signal
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .models import Models, Serving
 
 log = logging.getLogger("deploy_prune.server")
 KEEP_ALIVE = 5  # seconds an idle connection stays open
+DENSE = "-dense"  # behind the name of a dense model that is served beside another
 POLL = 2.0  # seconds between looks at the bundles on disk
 
 
@@ -57,6 +58,7 @@ class Server:
     models: Mapping[str, Path]
     serving: Serving
     listening: Listening
+    compare: bool = False  # also serve the dense model of each bundle
     port: int = 0
     grpc_port: int = 0
     started: asyncio.Event = field(default_factory=asyncio.Event)
@@ -72,6 +74,8 @@ class Server:
         engine = Engine(models, seconds=self.listening.request_seconds)
         for name, source in self.models.items():
             models.add(name, source)
+            if self.compare:
+                models.add(f"{name}{DENSE}", source, replace(self.serving, variant="dense", precision="fp32"))
         web = self._web(engine)
         http = asyncio.create_task(web.serve(sockets=[self._socket(web.config)]))
         grpc_server = await self._grpc(engine)
@@ -81,9 +85,9 @@ class Server:
             except (NotImplementedError, RuntimeError, ValueError):
                 log.debug("no signal handler in this thread")
         try:
-            for name in self.models:
+            for name in models.entries:
                 await models.load(name)
-            log.info("ready", extra={"port": self.port, "grpc_port": self.grpc_port, "models": list(self.models)})
+            log.info("ready", extra={"port": self.port, "grpc_port": self.grpc_port, "models": list(models.entries)})
             self.started.set()
             watching = asyncio.create_task(self._watch(models)) if self.listening.poll else None
             await self.stopping.wait()
@@ -107,7 +111,7 @@ class Server:
         """Load what is new on disk; a bundle that cannot be opened is logged, and the old one goes on."""
         while True:
             await asyncio.sleep(POLL)
-            for name in self.models:
+            for name in models.entries:
                 try:
                     await models.load_new(name)
                 except Exception as error:

@@ -1,0 +1,341 @@
+"""The server of the Open Inference Protocol, asked by the clients that people use."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles_tiny import make_bundle
+
+pytest.importorskip("tritonclient", reason="the extra 'serve' is not installed")
+import tritonclient.grpc as triton_grpc
+import tritonclient.http as triton_http
+from servers_tiny import running
+from tritonclient.utils import InferenceServerException
+
+from deploy_prune.export import export_bundle
+from deploy_prune.serve import load
+from deploy_prune.server.models import Serving
+from deploy_prune.server.run import Server
+
+HEADS = ("classification", "regression", "token", "qa", "embedding")
+TEXTS = ["a fine film", "dull, dull plot!", "music of x1 and more of it"]
+PAIRS = [("who?", "a warm scene of paris"), ("what is it", "joke"), ("when", "it was cold, then bright")]
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for head in HEADS:
+        bundle, models = make_bundle(tmp_path_factory.mktemp("served") / head, kind=head)
+        export_bundle(bundle, variants=("dense", "sliced"), models=models).check()
+        bundle.commit()
+        made[head] = bundle.root
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(bundles: dict[str, Path]) -> Iterator[Server]:
+    with running(bundles) as started:
+        yield started
+
+
+def url(server: Server, path: str = "") -> str:
+    return f"http://127.0.0.1:{server.port}{path}"
+
+
+def post(server: Server, path: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url(server, path), raw, headers or {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def feeds(rows: int = 2, tokens: int = 7, seed: int = 0) -> dict[str, np.ndarray]:
+    ids = np.random.default_rng(seed).integers(4, 40, (rows, tokens))
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+
+
+def expected(root: Path, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    with load(root, threads=1) as predictor:
+        return predictor.infer(given)
+
+
+def ask(client: Any, module: Any, name: str, given: dict[str, np.ndarray], **how: Any) -> Any:
+    inputs = []
+    for key, array in given.items():
+        tensor = module.InferInput(key, list(array.shape), "BYTES" if array.dtype == object else "INT64")
+        tensor.set_data_from_numpy(array, **how)
+        inputs.append(tensor)
+    return client.infer(name, inputs)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("protocol", ["json", "binary", "grpc"])
+def test_raw_tensors(server: Server, bundles: dict[str, Path], head: str, protocol: str) -> None:
+    given = feeds()
+    if protocol == "grpc":
+        client: Any = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+        found = ask(client, triton_grpc, head, given)
+    else:
+        client = triton_http.InferenceServerClient(f"127.0.0.1:{server.port}")
+        found = ask(client, triton_http, head, given, binary_data=protocol == "binary")
+    for name, array in expected(bundles[head], given).items():
+        assert np.array_equal(found.as_numpy(name), array)
+    client.close()
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("protocol", ["json", "grpc"])
+def test_texts_in_answers_out(server: Server, bundles: dict[str, Path], head: str, protocol: str) -> None:
+    texts = PAIRS if head == "qa" else TEXTS
+    array = np.array([[t.encode() for t in p] if head == "qa" else p.encode() for p in texts], dtype=object)
+    module: Any = triton_grpc if protocol == "grpc" else triton_http
+    port = server.grpc_port if protocol == "grpc" else server.port
+    client = module.InferenceServerClient(f"127.0.0.1:{port}")
+    found = ask(client, module, f"{head}.answers", {"text": array})
+    with load(bundles[head], threads=1) as predictor:
+        wanted = predictor(texts)
+    answers = [json.loads(a) for a in found.as_numpy("answer")]
+    for answer, right in zip(answers, wanted, strict=True):
+        if head == "classification":
+            assert answer["label"] == right["label"]
+            assert answer["score"] == pytest.approx(right["score"], abs=1e-6)
+        if head == "qa":
+            assert answer["answer"] == right["answer"]
+        if head == "embedding":
+            assert answer["embedding"] == pytest.approx(right["embedding"].tolist(), abs=1e-6)
+    if head == "classification":
+        assert [x.decode() for x in found.as_numpy("label")] == [w["label"] for w in wanted]
+    client.close()
+
+
+def test_metadata_health_and_index(server: Server) -> None:
+    http = triton_http.InferenceServerClient(f"127.0.0.1:{server.port}")
+    grpc = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+    for client in (http, grpc):
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        assert client.is_model_ready("qa")
+        assert client.is_model_ready("qa", "1")
+    said = http.get_model_metadata("token")
+    assert said["versions"] == ["1"]
+    assert {t["name"]: (t["datatype"], t["shape"]) for t in said["inputs"]}["input_ids"] == ("INT64", [-1, -1])
+    assert said["outputs"][0]["shape"][:2] == [-1, -1]
+    assert grpc.get_model_metadata("token").outputs[0].name == "logits"
+    assert grpc.get_model_metadata("qa.answers").inputs[0].datatype == "BYTES"
+    assert {m["name"] for m in http.get_model_repository_index()} == set(HEADS)
+    assert {m.state for m in grpc.get_model_repository_index().models} == {"READY"}
+    assert http.get_server_metadata()["name"] == "deploy_prune"
+    http.close()
+    grpc.close()
+
+
+def test_curl(server: Server) -> None:
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("no curl on this machine")
+    body = json.dumps({"id": "7", "inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["good"]}]})
+    command = [curl, "-sS", "-d", body, url(server, "/v2/models/classification.answers/infer")]
+    answer = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert answer["id"] == "7"
+    assert answer["model_version"] == "1"
+    assert {o["name"] for o in answer["outputs"]} == {"answer", "label", "score"}
+
+
+GOOD = {k: {"name": k, "datatype": "INT64", "shape": list(v.shape), "data": v.tolist()} for k, v in feeds().items()}
+
+
+def changed(name: str, **changes: Any) -> dict[str, Any]:
+    return {"inputs": [GOOD[k] | (changes if k == name else {}) for k in GOOD]}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (changed("input_ids", datatype="FP32"), 400, "float32"),
+        (changed("input_ids", datatype="INT9"), 400, "no datatype"),
+        (changed("input_ids", shape=[2, 8]), 400, "14"),
+        (changed("input_ids", shape=[-2, 7]), 400, "no shape"),
+        (changed("input_ids", shape=[2**40, 2**40]), 413, "elements"),
+        (changed("input_ids", data=[[1.5] * 7] * 2), 400, "no INT64"),
+        (changed("input_ids", data=[["x"] * 7] * 2), 400, "input_ids"),
+        (changed("input_ids", data=[[-1] * 7] * 2), 400, "between 0 and"),
+        (changed("input_ids", data=[[10**9] * 7] * 2), 400, "between 0 and"),
+        (changed("attention_mask", shape=[1, 14]), 400, "shape"),
+        (changed("input_ids", name="other"), 400, "Missing inputs"),
+        (changed("input_ids", data=None), 400, "no data"),
+        (changed("input_ids", parameters={"binary_data_size": 99}), 400, "beyond"),
+        ({"inputs": []}, 400, "inputs"),
+        ({}, 400, "inputs"),
+        (b"{", 400, "not one of the protocol"),
+        (b"\xff\xfe", 400, "not one of the protocol"),
+        ({"inputs": [GOOD["input_ids"]] * 2}, 400, "twice"),
+        (changed("input_ids") | {"outputs": [{"name": "nothing"}]}, 404, "no output"),
+    ],
+)
+def test_malformed_requests_are_told(server: Server, body: Any, status: int, said: str) -> None:
+    found, document = post(server, "/v2/models/classification/infer", body)
+    assert found == status, document
+    assert said in document["error"]
+    assert "Traceback" not in document["error"]
+    assert post(server, "/v2/models/classification/infer", changed("input_ids"))[0] == 200
+
+
+def test_unknown_models_and_versions(server: Server) -> None:
+    assert post(server, "/v2/models/nobody/infer", changed("input_ids"))[0] == 404
+    assert post(server, "/v2/models/qa/versions/9/infer", changed("input_ids"))[0] == 404
+    assert post(server, "/v2/models/qa/versions/x/infer", changed("input_ids"))[0] == 404
+    client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+    with pytest.raises(InferenceServerException, match="NOT_FOUND"):
+        ask(client, triton_grpc, "nobody", feeds())
+    with pytest.raises(InferenceServerException, match="INVALID_ARGUMENT"):
+        ask(client, triton_grpc, "qa", {"input_ids": feeds()["input_ids"]})
+    client.close()
+
+
+def test_large_bodies_are_refused(bundles: dict[str, Path]) -> None:
+    with running({"m": bundles["classification"]}, most_bytes=2048, grpc_port=None) as server:
+        status, document = post(server, "/v2/models/m/infer", b" " * 4096)
+        assert (status, "4,096 bytes" in document["error"]) == (413, True)
+
+
+def test_requests_share_runs_and_get_their_own_answers(bundles: dict[str, Path]) -> None:
+    serving = Serving(threads=1, wait=0.2, most_rows=16)
+    given = [feeds(rows=1 + i % 3, tokens=5 + i % 4, seed=i) for i in range(12)]
+    with load(bundles["token"], threads=1) as predictor:
+        wanted = [predictor.infer(g)["logits"] for g in given]
+    with running({"m": bundles["token"]}, serving=serving) as server:
+        found: dict[int, np.ndarray] = {}
+
+        def one(number: int) -> None:
+            client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+            found[number] = ask(client, triton_grpc, "m", given[number]).as_numpy("logits")
+            client.close()
+
+        threads = [threading.Thread(target=one, args=(i,)) for i in range(len(given))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with urllib.request.urlopen(url(server, "/metrics")) as response:
+            metrics = response.read().decode()
+    for number, array in enumerate(wanted):
+        assert found[number].shape == array.shape
+        assert np.abs(found[number] - array).max() <= 1e-5
+    runs = float(next(x for x in metrics.splitlines() if x.startswith("deploy_prune_run_rows_count")).split()[-1])
+    assert runs < len(given)
+    assert 'deploy_prune_requests_total{code="ok",model="m",protocol="grpc"} 12.0' in metrics
+
+
+def test_a_full_queue_is_said(bundles: dict[str, Path]) -> None:
+    serving = Serving(threads=1, queue_rows=2, most_rows=1, wait=0.0, request_rows=2)
+    with running({"m": bundles["classification"]}, serving=serving) as server:
+        codes: list[int] = []
+        body = changed("input_ids")
+
+        def one() -> None:
+            codes.append(post(server, "/v2/models/m/infer", body)[0])
+
+        threads = [threading.Thread(target=one) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert set(codes) <= {200, 503}
+    assert 200 in codes
+
+
+def test_a_newer_version_takes_over_and_goes_back(bundles: dict[str, Path], tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    shutil.copytree(bundles["classification"], root / "1")
+    with running({"m": root}) as server:
+        client = triton_http.InferenceServerClient(f"127.0.0.1:{server.port}")
+        assert post(server, "/v2/models/m/infer", changed("input_ids"))[1]["model_version"] == "1"
+        shutil.copytree(bundles["classification"], root / "2")
+        client.load_model("m")
+        assert post(server, "/v2/models/m/infer", changed("input_ids"))[1]["model_version"] == "2"
+        assert post(server, "/v2/models/m/versions/1/infer", changed("input_ids"))[1]["model_version"] == "1"
+        status, document = post(server, "/v2/repository/models/m/load", {"parameters": {"version": "1"}})
+        assert (status, document["version"]) == (200, "1")
+        assert post(server, "/v2/models/m/infer", changed("input_ids"))[1]["model_version"] == "1"
+        (root / "3").mkdir()
+        (root / "3" / "manifest.json").write_text("{}")
+        status, document = post(server, "/v2/repository/models/m/load", {})
+        assert status >= 400
+        assert post(server, "/v2/models/m/infer", changed("input_ids"))[1]["model_version"] == "1"
+        client.unload_model("m")
+        assert not client.is_model_ready("m")
+        assert not client.is_server_ready()
+        client.close()
+
+
+def test_reloads_lose_no_request(bundles: dict[str, Path], tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    shutil.copytree(bundles["classification"], root / "1")
+    given = feeds()
+    wanted = expected(bundles["classification"], given)["logits"]
+    with running({"m": root}) as server:
+        stop, wrong, count = threading.Event(), [], [0]
+
+        def ask_on() -> None:
+            client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+            while not stop.is_set():
+                try:
+                    if not np.allclose(ask(client, triton_grpc, "m", given).as_numpy("logits"), wanted, atol=1e-5):
+                        wrong.append("another answer")
+                    count[0] += 1
+                except InferenceServerException as error:
+                    wrong.append(str(error))
+            client.close()
+
+        threads = [threading.Thread(target=ask_on) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for number in (2, 3, 4):
+            shutil.copytree(bundles["classification"], root / str(number))
+            assert post(server, "/v2/repository/models/m/load", {})[1]["version"] == str(number)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert [v for v in post(server, "/v2/repository/index", {})[1]] == [
+            {"name": "m", "version": "3", "state": "AVAILABLE", "reason": ""},
+            {"name": "m", "version": "4", "state": "READY", "reason": ""},
+        ]
+    assert wrong == []
+    assert count[0] > 10
+
+
+def test_a_token_is_asked_for(bundles: dict[str, Path]) -> None:
+    token = "0123456789abcdef"
+    with running({"m": bundles["classification"]}, token=token) as server:
+        path = "/v2/models/m/infer"
+        assert post(server, path, changed("input_ids"))[0] == 401
+        assert post(server, path, changed("input_ids"), {"authorization": "Bearer wrong"})[0] == 401
+        assert post(server, path, changed("input_ids"), {"authorization": f"Bearer {token}"})[0] == 200
+        client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+        assert client.is_server_live()
+        with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
+            ask(client, triton_grpc, "m", feeds())
+        assert client.is_model_ready("m", headers={"authorization": f"Bearer {token}"})
+        client.close()
+
+
+def test_dense_stands_beside_sliced(bundles: dict[str, Path]) -> None:
+    with running({"m": bundles["classification"]}, compare=True) as server:
+        names = json.loads(urllib.request.urlopen(url(server, "/v2/models")).read())["models"]
+        assert names == ["m", "m.answers", "m-dense", "m-dense.answers"]
+        answers = [post(server, f"/v2/models/{n}/infer", changed("input_ids"))[1] for n in ("m", "m-dense")]
+        assert answers[0]["outputs"][0]["data"] != answers[1]["outputs"][0]["data"]
