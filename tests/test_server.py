@@ -310,7 +310,7 @@ def test_reloads_lose_no_request(bundles: dict[str, Path], tmp_path: Path) -> No
         stop.set()
         for thread in threads:
             thread.join()
-        assert [v for v in post(server, "/v2/repository/index", {})[1]] == [
+        assert post(server, "/v2/repository/index", {})[1] == [
             {"name": "m", "version": "3", "state": "AVAILABLE", "reason": ""},
             {"name": "m", "version": "4", "state": "READY", "reason": ""},
         ]
