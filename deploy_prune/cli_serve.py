@@ -111,3 +111,40 @@ def listening_of(settings: ServeSettings, token: str | None) -> Any:
         drain_seconds=settings.drain_seconds,
         poll=settings.poll,
     )
+
+
+@app.command()
+def deploy(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.")],
+    out: Annotated[Path, typer.Option(help="Triton's model repository, or the YAML file for KServe.")],
+    format: Annotated[str, typer.Option(help="triton or kserve.")] = "triton",
+    name: Annotated[str | None, typer.Option(help="Name of the model (default: the bundle's folder).")] = None,
+    variant: Annotated[str, typer.Option(help="Which of the bundle's models.")] = "sliced",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16 or int8.")] = "fp32",
+    image: Annotated[str, typer.Option(help="KServe: the container's image.")] = "deploy-prune-serve:latest",
+    storage: Annotated[str, typer.Option(help="KServe: where the bundle lies, as storageUri.")] = "pvc://models/bundle",
+) -> None:
+    """Write what another server needs: a Triton model repository, or a KServe InferenceService.
+
+    [bold]Examples[/bold]
+
+      deploy-prune deploy bundles/demo --format triton --out model_repository
+
+      deploy-prune deploy bundles/demo --format kserve --out demo.yaml --storage s3://models/demo
+    """
+    from . import screen
+    from .bundle import PRECISIONS, VARIANTS
+    from .export.kserve import write_kserve
+    from .export.triton import write_triton
+
+    if variant not in VARIANTS or precision not in PRECISIONS:
+        raise InputError(f"There is no {variant} model in {precision}.", hint=f"{', '.join(VARIANTS)}; {PRECISIONS}.")
+    opened, options = Bundle.open(bundle), {"name": name, "variant": variant, "precision": precision}
+    if format == "triton":
+        made = write_triton(opened, out, **options)  # type: ignore[arg-type]
+    elif format == "kserve":
+        made = [write_kserve(opened, out, image=image, storage=storage, **options)]
+    else:
+        raise InputError(f"There is no format '{format}' to deploy in.", hint="Use triton or kserve.")
+    for path in made:
+        screen.out.print(str(path), soft_wrap=True, highlight=False)

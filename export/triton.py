@@ -120,9 +120,7 @@ def _ensemble(bundle: Bundle, repository: Path, name: str, batch_rows: int) -> P
         model_name=name + TOKENIZER, model_version=-1, input_map={"TEXT": "TEXT"}, output_map={n: n for n in inner}
     )
     outputs = [tensor["name"] for tensor in _outputs(bundle)]
-    steps.add(
-        model_name=name, model_version=-1, input_map={n: n for n in inner}, output_map={n: n for n in outputs}
-    )
+    steps.add(model_name=name, model_version=-1, input_map={n: n for n in inner}, output_map={n: n for n in outputs})
     return _write(repository, config, {})
 
 

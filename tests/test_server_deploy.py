@@ -1,0 +1,111 @@
+"""Triton model repositories and KServe manifests, read back by what reads them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from bundles_tiny import make_bundle
+from typer.testing import CliRunner
+
+pytest.importorskip("tritonclient", reason="the extra 'serve' is not installed")
+from tritonclient.grpc import model_config_pb2 as pb
+
+from deploy_prune.bundle import Bundle
+from deploy_prune.cli import app
+from deploy_prune.errors import InputError
+from deploy_prune.export import export_bundle
+from deploy_prune.export.kserve import inference_service
+from deploy_prune.export.triton import settings_of, tokenizer_settings, write_triton
+from deploy_prune.runtimes.ort import OrtRunner
+from deploy_prune.serve import load
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    made, models = make_bundle(tmp_path_factory.mktemp("deploy") / "tiny", kind="classification")
+    export_bundle(made, variants=("sliced",), models=models).check()
+    made.commit()
+    return made
+
+
+def test_the_repository_is_what_triton_reads(bundle: Bundle, tmp_path: Path) -> None:
+    folders = write_triton(bundle, tmp_path, name="m")
+    assert [f.name for f in folders] == ["m", "m-tokenizer", "m-texts"]
+    configs = {f.name: settings_of(f / "config.pbtxt") for f in folders}
+    model = configs["m"]
+    assert (model.backend, model.max_batch_size, model.default_model_filename) == ("onnxruntime", 32, "model.onnx")
+    assert {(t.name, t.data_type, tuple(t.dims)) for t in model.input} == {
+        (n, pb.TYPE_INT64, (-1,)) for n in ("input_ids", "attention_mask", "token_type_ids")
+    }
+    assert [(t.name, tuple(t.dims)) for t in model.output] == [("logits", (2,))]
+    assert model.HasField("dynamic_batching")
+    assert model.model_warmup[0].inputs["input_ids"].dims == [16]
+    steps = configs["m-texts"].ensemble_scheduling.step
+    assert [s.model_name for s in steps] == ["m-tokenizer", "m"]
+    assert set(steps[0].output_map.values()) == set(steps[1].input_map.values())
+    with OrtRunner(tmp_path / "m" / "1" / "model.onnx") as runner:
+        assert {i.name for i in runner.inputs} == {t.name for t in model.input}
+
+
+def test_a_second_time_is_a_new_version(bundle: Bundle, tmp_path: Path) -> None:
+    write_triton(bundle, tmp_path, name="m")
+    write_triton(bundle, tmp_path, name="m")
+    for name in ("m", "m-tokenizer", "m-texts"):
+        assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["1", "2", "config.pbtxt"]
+
+
+def test_the_tokenizer_model_makes_what_the_edge_loader_makes(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_triton(bundle, tmp_path, name="m")
+    backend: Any = types.ModuleType("triton_python_backend_utils")
+    backend.Tensor = lambda name, array: (name, array)
+    backend.TritonError = lambda text: text
+    backend.InferenceResponse = lambda output_tensors=None, error=None: error or dict(output_tensors)
+    backend.get_input_tensor_by_name = lambda request, name: types.SimpleNamespace(as_numpy=lambda: request[name])
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
+    code = compile((tmp_path / "m-tokenizer" / "1" / "model.py").read_text(), "model.py", "exec")
+    space: dict[str, Any] = {}
+    exec(code, space)
+    model = space["TritonPythonModel"]()
+    outputs = [{"name": n} for n in ("input_ids", "attention_mask", "token_type_ids")]
+    config = json.dumps({"output": outputs})
+    repository = str(tmp_path / "m-tokenizer")
+    model.initialize({"model_repository": repository, "model_version": "1", "model_config": config})
+    texts = ["a fine film", "dull, dull plot! " * 40]
+    (found,) = model.execute([{"TEXT": np.array([[t.encode()] for t in texts], dtype=object)}])
+    with load(bundle.root, threads=1) as predictor:
+        _, wanted = predictor.prepare(texts)
+    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    (refused,) = model.execute([{"TEXT": np.array([[b"\xff"]], dtype=object)}])
+    assert "UTF-8" in refused
+    assert tokenizer_settings(tmp_path / "m-tokenizer" / "1")["truncation"] is not None
+
+
+def test_kserve(bundle: Bundle, tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        app, ["deploy", str(bundle.root), "--format", "kserve", "--out", str(tmp_path / "m.yaml"), "--name", "My_Model"]
+    )
+    assert done.exit_code == 0, done.output
+    manifest = yaml.safe_load((tmp_path / "m.yaml").read_text())
+    assert manifest["metadata"]["name"] == "my-model"
+    (container,) = manifest["spec"]["predictor"]["containers"]
+    assert container["args"][0] == "my-model=/mnt/models"
+    assert container["readinessProbe"]["httpGet"]["path"] == "/v2/health/ready"
+    with pytest.raises(InputError, match="no name for Kubernetes"):
+        inference_service(bundle, image="x", storage="y", name="-")
+
+
+def test_what_is_not_exported_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no int8 onnx file"):
+        write_triton(bundle, tmp_path / "r", precision="int8")
+    assert not (tmp_path / "r").exists()
+    with pytest.raises(InputError, match="no name"):
+        write_triton(bundle, tmp_path / "r", name="a/b")
