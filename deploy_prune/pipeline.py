@@ -15,26 +15,24 @@ import torch
 from torch import nn
 
 from . import __version__
-from .archs import is_convolutional, max_positions
+from .archs import max_positions
 from .bundle import VARIANTS, Artifact, Bundle, Stage, disk_errors, publish, staging, write_atomically
-from .calibration import sample_indices
 from .checkpoint import Dense, load_config, load_dense, save_sliced
-from .config import DEMO_MODELS, MIN_SAMPLES, BenchSettings, Recipe
-from .costs import Budget
+from .config import BenchSettings, Recipe
 from .depth import Depth
 from .errors import BundleError, InputError, VerdictError
 from .evaluate import evaluate
 from .heads import Head
 from .late import Late
-from .latency_table import read_latency_table
 from .progress import Reporter, Silent
 from .pruner import prune_rows
+from .resolving import budget_of, calibration_rows, check_kind, check_length, inferred_task, is_label_free, resolve
 from .signature import Signature
 from .stages import Options, PrunedPlan, Recorder, resolve_device
 from .surgery import surgery_of
-from .tasks import check_task, data_has_pair, infer_task, load_task, task_head
-from .tasks.base import Row, TaskData
-from .tasks.registry import model_head, model_modality
+from .tasks import check_task, load_task, task_head
+from .tasks.base import TaskData
+from .tasks.registry import model_head
 from .units import MaskSet, SlicePlan
 from .variants import Variants, count_variants, make_variants
 
@@ -59,7 +57,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
             f"Recovery trains on the first GPU that is visible, not on {device}.",
             hint=f"Make it the first: CUDA_VISIBLE_DEVICES={device.index}, with --device cuda.",
         )
-    source, task_name, recipe = _resolve(recipe, reporter)
+    source, task_name, recipe = resolve(recipe, reporter)
     destination = recipe.destination(task_name)
     recipe = recipe.model_copy(update={"out": str(destination)})
     with staging(destination) as bundle:
@@ -75,15 +73,15 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
             label_column=recipe.label_column,
         )
         head = Head(head_kind, pooling=recipe.pooling)
-        label_free = _label_free(recipe, data)
-        rows = _calibration_rows(recipe, data, reporter)
+        label_free = is_label_free(recipe, data)
+        rows = calibration_rows(recipe, data, reporter)
         if recipe.recover_label_share and not data.train.labelled:
             raise InputError("Recovery was to use labels, but the training rows have none.", hint="Leave them out.")
-        _check_length(recipe.seq_len, dense)
-        _check_channels(recipe, dense)
+        check_length(recipe.seq_len, dense)
+        check_kind(recipe, dense)
 
         dense.model.to(device)
-        budget = _budget(recipe)
+        budget = budget_of(recipe)
         pruned = prune_rows(
             dense.model,
             head,
@@ -167,10 +165,10 @@ def slice_given(
         dense = load_dense(source, head.kind)
         task_data = None
         if data is not None:
-            task = task or _infer_task(config, data)
+            task = task or inferred_task(config, data)
             task_data = load_task(task, **dense.preparing, config=dense.config, data=data)
         seq_len = seq_len or dense.signature.tokens or min(128, max_positions(dense.model))
-        _check_length(seq_len, dense)
+        check_length(seq_len, dense)
         recorder = Recorder(torch.device("cpu"))
         surgery = surgery_of(dense.model, dense.signature.image, residual=True)
         plan = SlicePlan.from_masks(surgery.groups, read_masks(masks, surgery.groups))
@@ -269,99 +267,10 @@ class Steps:
         self.done += 1
 
 
-def _resolve(recipe: Recipe, reporter: Reporter) -> tuple[str, str, Recipe]:
-    """Return the checkpoint, the task's name, and the recipe with both; a demo is made where it is asked for."""
-    if recipe.model in DEMO_MODELS:
-        return _resolve_demo(recipe, reporter)
-    source = str(Path(recipe.model).resolve()) if Path(recipe.model).is_dir() else recipe.model
-    config = load_config(source)
-    task = recipe.task
-    if task is None:
-        task = _infer_task(config, recipe.data, recipe.text_column)
-        reporter.note(f"Task inferred from the model and the data: {task}")
-    check_task(task, config)
-    return source, task, recipe.model_copy(update={"task": task})
-
-
-def _infer_task(config: Any, data: str | None, text_column: str | None = None) -> str:
-    texts = data is not None and model_modality(config) == "text"
-    return infer_task(config, has_text_pair=data_has_pair(Path(str(data)), text_column) if texts else None)
-
-
-def _resolve_demo(recipe: Recipe, reporter: Reporter) -> tuple[str, str, Recipe]:
-    from .demo import DEMOS, prepare_demo
-
-    demo = DEMOS[recipe.model]
-    paths = prepare_demo(recipe.model, reporter)
-    task = recipe.task or demo.task
-    check_task(task, load_config(str(paths.model)))
-    update: dict[str, Any] = {"task": task, "data": recipe.data or str(paths.data)}
-    if demo.samples is not None and "samples" not in recipe.model_fields_set:
-        reporter.note(
-            f"{recipe.model} has few training rows: calibrating on {demo.samples} instead of {recipe.samples}"
-        )
-        update["samples"] = demo.samples
-    return str(paths.model), task, recipe.model_copy(update=update)
-
-
-def _budget(recipe: Recipe) -> Budget:
-    return Budget(
-        keep_flops=recipe.keep_flops,
-        seq_len=recipe.seq_len,
-        keep_params=recipe.keep_params,
-        max_bytes=recipe.max_bytes,
-        keep_latency=recipe.keep_latency,
-        lut=read_latency_table(recipe.lut) if recipe.lut else None,
-    )
-
-
 def _budget_entry(pruned: PrunedPlan) -> dict[str, Any]:
     """Return the budget for the manifest; with several limits, `kind` and `keep` are the first one's."""
     first = pruned.limits[0]
     return {"kind": first["kind"], "keep": first["keep"], "seq_len": pruned.seq_len, "limits": pruned.limits}
-
-
-def _check_length(seq_len: int | None, dense: Dense) -> None:
-    if seq_len is None:
-        return
-    dense.signature.check_length(seq_len)
-    limit = dense.signature.tokens or max_positions(dense.model)
-    if seq_len > limit:
-        raise InputError(f"seq_len {seq_len} is longer than the model's {limit} positions.", hint="Use a shorter one.")
-
-
-def _check_channels(recipe: Recipe, dense: Dense) -> None:
-    """Raise InputError, before anything is computed, for what a recipe asks of another kind of model."""
-    if is_convolutional(dense.model):
-        if recipe.drop_layers or recipe.drop_sublayers:
-            raise InputError("Whole blocks of a convolutional network cannot be left out.", hint="Cut channels alone.")
-    elif recipe.cut_residual:
-        raise InputError("--cut-residual is for convolutional networks.", hint="Leave it out.")
-
-
-def _label_free(recipe: Recipe, data: TaskData) -> bool:
-    if data.head == "embedding":
-        return True
-    if recipe.label_free is None:
-        return not data.train.labelled
-    if not recipe.label_free and not data.train.labelled:
-        raise InputError(
-            "Calibration with labels was asked for, but the training rows have none.",
-            hint="Name the label column with --label-column, or use --label-free.",
-        )
-    return recipe.label_free
-
-
-def _calibration_rows(recipe: Recipe, data: TaskData, reporter: Reporter) -> list[Row]:
-    total = len(data.train)
-    if total < MIN_SAMPLES:
-        raise InputError(
-            f"The training split has {total} rows; at least {MIN_SAMPLES} are needed to calibrate.",
-            hint="Give more training rows. Evaluation rows are never used.",
-        )
-    rows = data.train.encode(sample_indices(total, recipe.samples, recipe.seed))
-    reporter.note(f"Calibrating on {len(rows)} of {total} training rows (seed {recipe.seed})")
-    return rows
 
 
 def _task_entry(name: str | None, head: Head, data: TaskData | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy_prune import archives, demo, demo_digits, demo_text, pipeline
+from deploy_prune import archives, demo, demo_digits, demo_text, resolving
 from deploy_prune.archives import Archive, fetch, read_tar, read_zip, sha256_of
 from deploy_prune.checkpoint import load_config, load_dense
 from deploy_prune.config import DEMO_MODELS, load_recipe
@@ -262,16 +262,16 @@ def test_a_run_of_the_digits_is_resolved(digits_demo: demo.DemoPaths) -> None:
     notes: list[str] = []
     reporter = Silent()
     reporter.note = notes.append  # type: ignore[method-assign]
-    source, task, recipe = pipeline._resolve(load_recipe(model="digits-vit"), reporter)
+    source, task, recipe = resolving.resolve(load_recipe(model="digits-vit"), reporter)
     assert (source, task) == (str(digits_demo.model), "image-classification")
     assert (recipe.data, recipe.samples) == (str(digits_demo.data), 1024)
     assert notes == ["digits-vit has few training rows: calibrating on 1024 instead of 2048"]
     assert recipe.destination(task) == Path("bundles/digits-vit")
     notes.clear()
-    _, _, recipe = pipeline._resolve(load_recipe(model="digits-vit", samples=256), reporter)
+    _, _, recipe = resolving.resolve(load_recipe(model="digits-vit", samples=256), reporter)
     assert (recipe.samples, notes) == (256, [])
     with pytest.raises(InputError, match="about texts"):
-        pipeline._resolve(load_recipe(model="digits-vit", task="sst2"), reporter)
+        resolving.resolve(load_recipe(model="digits-vit", task="sst2"), reporter)
 
 
 def test_the_names_of_the_demos() -> None:

@@ -34,7 +34,7 @@ LAYERS = [
     "stages runtimes finetune distil recover",
     "pruner channel_pruner",
     "export runtime_bench demo demo_text demo_digits",
-    "variants golden evaluate",
+    "variants golden evaluate resolving",
     "late",
     "pipeline measuring",
     "probing experiments",

@@ -40,6 +40,7 @@ from deploy_prune.surgery import ChannelSurgery, surgery_of
 from deploy_prune.units import MaskSet
 
 FAMILIES = ("basic", "mobilenet", "vgg", "resnet")  # the last one is of transformers
+EVERY_FORMAT = ("basic", "resnet")
 TESTS = Path(__file__).parent
 
 
@@ -61,20 +62,21 @@ def settings(folder: Path, family: str = "basic", **changes: Any) -> dict[str, A
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    given = settings(
-        tmp_path_factory.mktemp("run"),
-        request.param,
-        formats=("onnx", "openvino", "pt2"),
-        precisions=("fp32", "fp16", "int8"),
-        cut_residual=request.param == "resnet",
-    )
-    return run(load_recipe(**given, runtimes=("ort-cpu", "torch"), bench_seconds=0.2))
+    given = settings(tmp_path_factory.mktemp("run"), request.param, cut_residual=request.param == "resnet")
+    whole = request.param in EVERY_FORMAT
+    if whole:
+        given |= {"formats": ("onnx", "openvino", "pt2"), "precisions": ("fp32", "fp16", "int8")}
+    return run(load_recipe(**given, runtimes=("ort-cpu", "torch"), bench_seconds=0.2), bench=whole)
+
+
+every_format = pytest.mark.parametrize("bundle", EVERY_FORMAT, indirect=True)
 
 
 def pixels(count: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, 3, 16, 16)).astype(np.float32)
 
 
+@every_format
 def test_every_file_matches_its_model(bundle: Bundle) -> None:
     made = {(a.variant, a.format, a.precision, a.scheme) for a in bundle.manifest.artifacts}
     assert {(v, f, "fp32", None) for v in VARIANTS for f in ("onnx", "openvino", "pt2")} <= made
@@ -120,6 +122,7 @@ def test_reload_is_bit_equal_and_every_variant_agrees(bundle: Bundle) -> None:
         assert np.abs(runner.infer({"pixel_values": x.numpy()})["logits"] - outputs["sliced"]).max() <= 1e-4 * scale
 
 
+@every_format
 def test_bench_and_report_know_channels(bundle: Bundle) -> None:
     found = bench_bundle(bundle, BenchSettings(runtimes=("ort-cpu",), batches=(1, 3), seconds=0.2))
     assert not found["failures"]
