@@ -25,6 +25,7 @@ from .heads import Head
 from .masking import Updates, mask_model
 from .progress import Progress, Reporter, Silent
 from .rearrange import rearrange
+from .resume import Resume, pack_scores, pack_stats, pack_sweep, unpack_scores, unpack_stats, unpack_sweep
 from .search import Search, search
 from .slicing import slice_model
 from .stages import DTYPES, REFITS, Options, PrunedPlan, Recorder
@@ -50,9 +51,10 @@ class Pruner:
         pad_id: int = 0,
         residual: bool = False,
         reporter: Reporter | None = None,
+        keep: Resume | None = None,
     ) -> None:
         self.model, self.head, self.rows, self.pad_id, self.residual = model, head, rows, pad_id, residual
-        self.reporter = reporter or Silent()
+        self.reporter, self.keep = reporter or Silent(), keep or Resume()
         self.batches = Batches(rows, head, pad_id)
         self.device = next(model.parameters()).device
         self.surgery = self.find_surgery()
@@ -91,7 +93,7 @@ class Pruner:
 
         options = self._leave_out(options, recorder)
         if options.steps > 1 and stats is not None:
-            scores = self._renew(scores, stats, limits, options, recorder)
+            scores = self._renewed(scores, stats, limits, options, recorder)
 
         with recorder.stage("search") as record, self.reporter.stage("search"):
             found = search_units(self.groups, scores, limits, options)
@@ -130,7 +132,7 @@ class Pruner:
             recorder.skip("compensate", "switched off")
         else:
             with recorder.stage("compensate") as record, self.reporter.stage("compensate") as progress:
-                student, swept = self.compensate(plan, scores, stats, limits, options, progress)
+                student, swept = self._compensated(plan, scores, stats, limits, options, record, progress)
                 result.updates = swept.updates
                 result.plan = with_scales(plan, swept.scales)
                 result.sliced = student
@@ -154,7 +156,13 @@ class Pruner:
             recorder.repeat(known[1])
             return known[0]
         with recorder.stage("calibrate") as record, self.reporter.stage("calibrate") as progress:
-            stats = self.statistics(self.model, options, criterion, progress)
+            stats = self.keep.stage(
+                f"calibrate {key}, moments {criterion.gradient_moments}",
+                record,
+                lambda: self.statistics(self.model, options, criterion, progress),
+                pack_stats,
+                lambda kept: unpack_stats(kept, self.device),
+            )
             record |= {
                 "samples": len(self.rows),
                 "sample_hash": stats.sample_hash,
@@ -175,10 +183,58 @@ class Pruner:
             recorder.repeat(self._scored[key][1])
             return self._scored[key][0]
         with recorder.stage("score") as record, self.reporter.stage("score") as progress:
-            scores = criterion(self.evidence(self.model, options, stats, progress))
+            scores = self.keep.stage(
+                f"score {key}",
+                record,
+                lambda: criterion(self.evidence(self.model, options, stats, progress)),
+                pack_scores,
+                unpack_scores,
+            )
             record |= {"criterion": options.criterion, "data_free": criterion.data_free}
         self._scored[key] = scores, record
         return scores
+
+    def _renewed(
+        self,
+        scores: Scores,
+        stats: CalibrationStats,
+        limits: Sequence[Limit],
+        options: Options,
+        recorder: Recorder,
+    ) -> Scores:
+        record: dict[str, Any] = {}
+        found = self.keep.stage(
+            f"steps {[x.keep for x in limits]}",
+            record,
+            lambda: self._renew(scores, stats, limits, options, recorder),
+            pack_scores,
+            unpack_scores,
+        )
+        if record:
+            recorder.records.append({"name": "steps", "seconds": 0.0, **record})
+        return found
+
+    def _compensated(
+        self,
+        plan: SlicePlan,
+        scores: Scores,
+        stats: CalibrationStats,
+        limits: Sequence[Limit],
+        options: Options,
+        record: dict[str, Any],
+        progress: Progress,
+    ) -> tuple[nn.Module | None, SweepResult]:
+        """Compensate, or return what a killed run had found; the sliced model is then still to be made."""
+        students: list[nn.Module] = []
+
+        def compute() -> SweepResult:
+            student, swept = self.compensate(plan, scores, stats, limits, options, progress)
+            students.append(student)
+            return swept
+
+        name = f"compensate {plan.hash} {options.compensate} {options.rearrange}"
+        swept = self.keep.stage(name, record, compute, pack_sweep, lambda kept: unpack_sweep(kept, self.device))
+        return (students[0] if students else None), swept
 
     def _leave_out(self, options: Options, recorder: Recorder) -> Options:
         """Return the options with the groups left out that the depth asks for, chosen on the dense model."""
@@ -325,10 +381,11 @@ def prune_rows(
     residual: bool = False,
     options: Options | None = None,
     reporter: Reporter | None = None,
+    keep: Resume | None = None,
 ) -> PrunedPlan:
-    """Prune once; see `Pruner.prune`."""
-    kind = pruner_of(model)
-    return kind(model, head, rows, pad_id=pad_id, residual=residual, reporter=reporter).prune(budget, options)
+    """Prune once; see `Pruner.prune`. `keep` has what a killed run had finished, and gets what this one finishes."""
+    pruner = pruner_of(model)(model, head, rows, pad_id=pad_id, residual=residual, reporter=reporter, keep=keep)
+    return pruner.prune(budget, options)
 
 
 def pruner_of(model: nn.Module) -> type[Pruner]:
