@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import deploy_prune
 from deploy_prune.bundle import VARIANTS, Bundle
-from deploy_prune.channel_costs import channel_latency
+from deploy_prune.channel_costs import channel_flops, channel_latency
 from deploy_prune.checkpoint import load_dense, load_variant
 from deploy_prune.cli import app
 from deploy_prune.config import ALLOW_CODE, BenchSettings, load_recipe
@@ -195,7 +195,6 @@ def test_a_latency_budget_goes_by_a_measured_table(tmp_path: Path) -> None:
     assert isinstance(table, ChannelLatency)
     assert len(table.points) == 1 + 1 + 4
     assert table.points[0].flops == 1.0
-    (tmp_path / "lut.json").write_text(table.model_dump_json())
     surgery = surgery_of(load_dense(given["model"], "classification").model, (3, 16, 16), residual=True)
     assert isinstance(surgery, ChannelSurgery)
     costs = channel_latency(surgery.graph, table)
@@ -203,9 +202,13 @@ def test_a_latency_budget_goes_by_a_measured_table(tmp_path: Path) -> None:
     inner = surgery_of(surgery.model, (3, 16, 16))
     assert isinstance(inner, ChannelSurgery)
     assert channel_latency(inner.graph, table).dense == pytest.approx(costs.dense)
-    print_latency_table(read_latency_table(tmp_path / "lut.json"))
-    share = (1 + table.base_ms / costs.dense) / 2
-    recipe = load_recipe(**given | {"keep_flops": None}, keep_latency=share, lut=str(tmp_path / "lut.json"))
+    print_latency_table(table)
+    flops = channel_flops(surgery.graph)  # what so small a network really takes is noise
+    table.base_ms, table.single = 1e-6 * flops.base, {n: 1e-6 * v for n, v in flops.single.items()}
+    table.double = [(*pair, 1e-6 * v) for pair, v in flops.double.items()]
+    (tmp_path / "lut.json").write_text(table.model_dump_json())
+    assert read_latency_table(tmp_path / "lut.json") == table
+    recipe = load_recipe(**given | {"keep_flops": None}, keep_latency=0.7, lut=str(tmp_path / "lut.json"))
     made = run(recipe, export=False, bench=False)
     (limit,) = made.manifest.budget["limits"]
     assert limit["kind"] == "latency"

@@ -172,7 +172,7 @@ def table(paths: list[Path]) -> None:
                 if found:
                     seconds = [e["seconds"] for e in found]
                     rates = [_rate(sum(e["outcome"] == o for e in found), len(found)) for o in ("failed", "too noisy")]
-                    logs = [s["new"]["wall"] for e in found for s in e["sessions"]]
+                    logs = [s["new"][e["clock"]] for e in found for s in e["sessions"]]
                     error = np.std(logs, ddof=1) / np.sqrt(len(logs))
                     cells = [load, kind, f"{np.exp(np.mean(logs)):.4f} +- {error:.4f}", len(found), *rates]
                     print(f"| {' | '.join(map(str, cells))} | {np.median(seconds):.0f} | {max(seconds):.0f} |")
