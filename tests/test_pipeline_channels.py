@@ -100,6 +100,14 @@ def test_flops_of_plan_model_and_graph_are_equal(bundle: Bundle) -> None:
             assert count_onnx(bundle.path(artifact.path), signature.shapes(5, 1)) == 5 * one
 
 
+def test_labels_are_drawn_unless_true_ones_are_asked_for(bundle: Bundle, tmp_path: Path) -> None:
+    record = next(s for s in bundle.manifest.stages if s.name == "calibrate").model_dump()
+    assert record["label_free"]
+    if bundle.manifest.model["architecture"] == "ResNet":
+        made = run(load_recipe(**settings(tmp_path, label_free=False)), export=False, bench=False)
+        assert not next(s for s in made.manifest.stages if s.name == "calibrate").model_dump()["label_free"]
+
+
 def test_the_whole_split_was_compared(bundle: Bundle) -> None:
     quality = bundle.manifest.quality
     assert quality["virtual"]["value"] == quality["sliced"]["value"]
