@@ -45,10 +45,10 @@ PLAN = Plan()
 SESSION_SECONDS = 1.5
 BLOCK = 4  # sessions that stay together in a replay
 BURSTS = """
-import random, time
+import os, random, time
 import numpy as np
-a = np.random.rand(400, 400)
-while True:
+a, parent = np.random.rand(400, 400), os.getppid()
+while os.getppid() == parent:  # a killed parent cannot end it
     end = time.time() + random.uniform(0.05, 0.5)
     while time.time() < end: a @ a
     time.sleep(random.uniform(0.0, 0.3))
