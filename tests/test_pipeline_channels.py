@@ -100,6 +100,12 @@ def test_flops_of_plan_model_and_graph_are_equal(bundle: Bundle) -> None:
             assert count_onnx(bundle.path(artifact.path), signature.shapes(5, 1)) == 5 * one
 
 
+def test_engines_of_modules_without_a_config(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    made = run(load_recipe(**settings(tmp_path, formats=("rtx",))), bench=False)
+    assert {(a.variant, a.format) for a in made.manifest.artifacts} >= {(v, "rtx") for v in VARIANTS}
+
+
 def test_labels_are_drawn_unless_true_ones_are_asked_for(bundle: Bundle, tmp_path: Path) -> None:
     record = next(s for s in bundle.manifest.stages if s.name == "calibrate").model_dump()
     assert record["label_free"]
