@@ -42,7 +42,7 @@ def prune(
     the dense encoder's FLOPs to keep, in (0, 1], or a Budget: FLOPs, parameters, bytes, latency. Runs on
     the model's device. Raises InputError, UnsupportedModelError or InfeasibleBudgetError.
     """
-    options = options or Options()
+    options = options or Options(label_free=is_convolutional(model))
     if not is_convolutional(model):
         check_config(model.config)
     if not isinstance(budget, Budget):

@@ -16,7 +16,7 @@ app = typer.Typer()
 
 EXPERIMENT_NAMES = (
     "ablation, tradeoff, latency, structure, criteria, successors, steps, samples, parity, flops, unstructured,"
-    " seconds, rival, prediction, vit or recover."
+    " seconds, rival, prediction, vit, cnn or recover."
 )
 
 

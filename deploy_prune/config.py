@@ -158,7 +158,8 @@ class Recipe(ExportSettings):
     max_length: int | None = _field(None, "Truncate rows to this many tokens.", ge=8)
     pooling: Literal["mean", "cls"] = _field("mean", "Pooling of the embedding task.")
     label_free: bool | None = Field(
-        default=None, description="Draw labels from the model (default: where data has none)."
+        default=None,
+        description="Draw labels from the model (default: where data has none, and for convolutional networks).",
     )
 
     keep_flops: float | None = Field(

@@ -73,7 +73,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
             label_column=recipe.label_column,
         )
         head = Head(head_kind, pooling=recipe.pooling)
-        label_free = is_label_free(recipe, data)
+        label_free = is_label_free(recipe, data, dense)
         rows = calibration_rows(recipe, data, reporter)
         if recipe.recover_label_share and not data.train.labelled:
             raise InputError("Recovery was to use labels, but the training rows have none.", hint="Leave them out.")

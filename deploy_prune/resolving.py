@@ -85,12 +85,16 @@ def check_kind(recipe: Recipe, dense: Dense) -> None:
         raise InputError("--cut-residual is for convolutional networks.", hint="Leave it out.")
 
 
-def is_label_free(recipe: Recipe, data: TaskData) -> bool:
-    """Say whether calibration draws its labels from the model. Raises InputError where there are none to read."""
+def is_label_free(recipe: Recipe, data: TaskData, dense: Dense) -> bool:
+    """Say whether calibration draws its labels from the model. Raises InputError where there are none to read.
+
+    By default it does for convolutional networks: they know their training images by heart, so that the true labels'
+    gradients say little there (docs/results.md).
+    """
     if data.head == "embedding":
         return True
     if recipe.label_free is None:
-        return not data.train.labelled
+        return is_convolutional(dense.model) or not data.train.labelled
     if not recipe.label_free and not data.train.labelled:
         raise InputError(
             "Calibration with labels was asked for, but the training rows have none.",

@@ -48,7 +48,7 @@ def documents() -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", [n for n, e in EXPERIMENTS.items() if not e.convolutional])
 def test_every_experiment_runs(name: str, setting: Setting, documents: dict[str, Any], tmp_path: Path) -> None:
     experiment = EXPERIMENTS[name]
     document, files = run_experiment(name, setting, tmp_path)

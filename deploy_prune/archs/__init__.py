@@ -100,8 +100,8 @@ def is_convolutional(model: nn.Module) -> bool:
 
 def max_positions(model: Any) -> int:
     """Return how many tokens the position embeddings allow; an image model always makes the same number."""
-    config = model.config
-    if hasattr(config, "patch_size"):
+    config = config_of(model)
+    if hasattr(config, "num_channels"):
         return image_tokens(config)
     offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "mpnet") else 0
     return int(config.max_position_embeddings) - offset

@@ -165,6 +165,7 @@ def shapes_table(path: Path) -> str:
 
 
 TABLES = {"shapes": shapes_table, "precisions": precisions_table, "demo": demo_table, "bench": bench_table}
+TOLD = {"bert-base-gpu"}  # of too few cells for a table: the text has them
 
 
 def main(
@@ -179,6 +180,8 @@ def main(
     path = DOCS / "results.md"
     text = path.read_text("utf-8")
     for source in sorted((DOCS / "results").glob("*.json")):
+        if source.stem in TOLD:
+            continue
         begin, end = f"<!-- {source.stem} -->", f"<!-- /{source.stem} -->"
         if begin not in text:
             raise SystemExit(f"{path} has no place for {source.name}: add {begin} and {end}")
