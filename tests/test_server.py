@@ -158,7 +158,7 @@ def test_curl(server: Server) -> None:
 GOOD = {k: {"name": k, "datatype": "INT64", "shape": list(v.shape), "data": v.tolist()} for k, v in feeds().items()}
 
 
-def changed(name: str, **changes: Any) -> dict[str, Any]:
+def changed(name: str, /, **changes: Any) -> dict[str, Any]:
     return {"inputs": [GOOD[k] | (changes if k == name else {}) for k in GOOD]}
 
 
