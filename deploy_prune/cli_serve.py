@@ -134,8 +134,8 @@ def deploy(
     """
     from . import screen
     from .bundle import PRECISIONS, VARIANTS
-    from .export.kserve import write_kserve
-    from .export.triton import write_triton
+    from .export.serving.kserve import write_kserve
+    from .export.serving.triton import write_triton
 
     if variant not in VARIANTS or precision not in PRECISIONS:
         raise InputError(f"There is no {variant} model in {precision}.", hint=f"{', '.join(VARIANTS)}; {PRECISIONS}.")

@@ -25,7 +25,7 @@ def running(
     def work() -> None:
         async def main() -> None:
             waiting = asyncio.create_task(server.started.wait())
-            waiting.add_done_callback(lambda _: ready.set())
+            waiting.add_done_callback(lambda task: task.cancelled() or ready.set())
             server.loop = asyncio.get_running_loop()  # type: ignore[attr-defined]
             try:
                 await server.run()

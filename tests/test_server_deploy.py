@@ -21,8 +21,8 @@ from deploy_prune.bundle import Bundle
 from deploy_prune.cli import app
 from deploy_prune.errors import InputError
 from deploy_prune.export import export_bundle
-from deploy_prune.export.kserve import inference_service
-from deploy_prune.export.triton import settings_of, tokenizer_settings, write_triton
+from deploy_prune.export.serving.kserve import inference_service
+from deploy_prune.export.serving.triton import settings_of, tokenizer_settings, write_triton
 from deploy_prune.runtimes.ort import OrtRunner
 from deploy_prune.serve import load
 

@@ -70,7 +70,9 @@ def make_app(
     engine: Engine, *, token: str | None = None, most_bytes: int = 1 << 26, body_seconds: float = 10.0
 ) -> FastAPI:
     """Return the application. Bodies have `most_bytes` at most, and must have arrived after `body_seconds`."""
-    app = FastAPI(title="deploy_prune", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="deploy_prune", version=__version__, docs_url=None, redoc_url=None, strict_content_type=False
+    )
     failures = {400: {}, 401: {}, 404: {}, 408: {}, 413: {}, 503: {}, 504: {}}
 
     @app.middleware("http")
@@ -122,27 +124,37 @@ def make_app(
         return {"models": [m for name in engine.models.entries for m in (name, name + ANSWERS)]}
 
     @app.get("/v2/models/{name}", responses=failures)
+    async def model(name: Name) -> dict[str, Any]:
+        return engine.metadata(name, None)
+
     @app.get("/v2/models/{name}/versions/{version}", responses=failures)
-    async def model(name: Name, version: Number = "") -> dict[str, Any]:
-        return engine.metadata(name, version or None)
+    async def model_version(name: Name, version: Number) -> dict[str, Any]:
+        return engine.metadata(name, version)
 
     @app.get("/v2/models/{name}/ready", responses=failures)
+    async def model_ready(name: Name) -> Response:
+        return _ready(name, engine.ready(name, None))
+
     @app.get("/v2/models/{name}/versions/{version}/ready", responses=failures)
-    async def model_ready(name: Name, version: Number = "") -> Response:
-        ready = engine.ready(name, version or None)
-        return _json({"name": name, "ready": ready}, 200 if ready else 503)
+    async def version_ready(name: Name, version: Number) -> Response:
+        return _ready(name, engine.ready(name, version))
 
     schema = InferRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs", None)
     body = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
     @app.post("/v2/models/{name}/infer", responses=failures, openapi_extra=body)
+    async def infer(request: Request, name: Name) -> Response:
+        return await run(request, name, None)
+
     @app.post("/v2/models/{name}/versions/{version}/infer", responses=failures, openapi_extra=body)
-    async def infer(request: Request, name: Name, version: Number = "") -> Response:
+    async def infer_version(request: Request, name: Name, version: Number) -> Response:
+        return await run(request, name, version)
+
+    async def run(request: Request, name: str, version: str | None) -> Response:
         raw = await read_body(request, most_bytes, body_seconds)
         asked, feeds = decode(raw, request.headers, engine.models.serving.request_elements)
-        wanted = [w.name for w in asked.outputs or ()]
-        answer = await engine.infer("http", name, version or None, feeds, wanted)
+        answer = await engine.infer("http", name, version, feeds, [w.name for w in asked.outputs or ()])
         return encode(answer, asked)
 
     @app.post("/v2/repository/index")
@@ -239,6 +251,10 @@ def encode(answer: Answer, asked: InferRequest) -> Response:
 
 def _json(document: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(document), status, media_type="application/json")
+
+
+def _ready(name: str, ready: bool) -> Response:
+    return _json({"name": name, "ready": ready}, 200 if ready else 503)
 
 
 def _said(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:

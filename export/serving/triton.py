@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..bundle import Artifact, Bundle, Variant, disk_errors, write_atomically
-from ..errors import InputError, MissingExtraError
-from ..runtimes.base import find_artifact
-from ..signature import Signature
+from ...bundle import Artifact, Bundle, Variant, disk_errors, write_atomically
+from ...errors import InputError, MissingExtraError
+from ...runtimes.base import find_artifact
+from ...signature import Signature
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -89,7 +89,7 @@ def _model(
 
 def _tokenizer(bundle: Bundle, repository: Path, name: str, batch_rows: int) -> Path:
     """Write the model that tokenises; it needs the package `tokenizers` in Triton's Python."""
-    from ..serve.preparation import Texts, open_preparation, read_json
+    from ...serve.preparation import Texts, open_preparation, read_json
 
     pb = _protobuf()
     config = pb.ModelConfig(name=name + TOKENIZER, backend="python", max_batch_size=batch_rows)

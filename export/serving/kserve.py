@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle, Variant, disk_errors, write_atomically
-from ..errors import InputError
-from ..runtimes.base import find_artifact
+from ...bundle import Bundle, Variant, disk_errors, write_atomically
+from ...errors import InputError
+from ...runtimes.base import find_artifact
 
 MOUNT = "/mnt/models"  # where KServe puts what storageUri names
 PORT, GRPC_PORT = 8080, 8081

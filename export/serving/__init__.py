@@ -1,0 +1,1 @@
+"""Write what other servers need: a Triton model repository, a KServe manifest."""
