@@ -28,6 +28,10 @@ log = logging.getLogger("deploy_prune.server")
 HEADER_LENGTH = "inference-header-content-length"  # of the JSON before raw tensors
 EXTENSIONS = ["binary_tensor_data", "model_repository"]
 OPEN = ("/v2/health/live", "/v2/health/ready", "/")  # what needs no token
+PAGE_POLICY = (  # the page asks this server alone
+    "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 Name = Annotated[str, Path(max_length=200)]
 Number = Annotated[str, Path(max_length=20)]
 
@@ -99,7 +103,8 @@ def make_app(
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return Response(files(__package__).joinpath("page.html").read_bytes(), media_type="text/html; charset=utf-8")
+        html = files(__package__).joinpath("page.html").read_bytes()
+        return Response(html, headers={"content-security-policy": PAGE_POLICY}, media_type="text/html; charset=utf-8")
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
