@@ -8,10 +8,10 @@ import logging
 import uuid
 from collections.abc import Mapping
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import orjson
-from fastapi import Body, FastAPI, Path, Request, Response
+from fastapi import FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
@@ -32,6 +32,7 @@ PAGE_POLICY = (  # the page asks this server alone
     "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+Asked = TypeVar("Asked", bound=BaseModel)
 Name = Annotated[str, Path(max_length=200)]
 Number = Annotated[str, Path(max_length=20)]
 
@@ -142,15 +143,11 @@ def make_app(
     async def version_ready(name: Name, version: Number) -> Response:
         return _ready(name, engine.ready(name, version))
 
-    schema = InferRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    body = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-    @app.post("/v2/models/{name}/infer", responses=failures, openapi_extra=body)
+    @app.post("/v2/models/{name}/infer", responses=failures, openapi_extra=body_of(InferRequest))
     async def infer(request: Request, name: Name) -> Response:
         return await run(request, name, None)
 
-    @app.post("/v2/models/{name}/versions/{version}/infer", responses=failures, openapi_extra=body)
+    @app.post("/v2/models/{name}/versions/{version}/infer", responses=failures, openapi_extra=body_of(InferRequest))
     async def infer_version(request: Request, name: Name, version: Number) -> Response:
         return await run(request, name, version)
 
@@ -164,9 +161,15 @@ def make_app(
     async def index() -> list[dict[str, str]]:
         return engine.index()
 
-    @app.post("/v2/repository/models/{name}/load", responses=failures)
-    async def load(name: Name, asked: Annotated[LoadRequest | None, Body()] = None) -> dict[str, str]:
-        version = await engine.load(name, asked.parameters if asked else None)
+    @app.post(
+        "/v2/repository/models/{name}/load",
+        responses=failures,
+        openapi_extra=body_of(LoadRequest, required=False),
+    )
+    async def load(request: Request, name: Name) -> dict[str, str]:
+        raw = await read_body(request, most_bytes, body_seconds)
+        asked = parse(LoadRequest, raw) if raw else LoadRequest()
+        version = await engine.load(name, asked.parameters)
         return {"name": name, "version": str(version.number)}
 
     @app.post("/v2/repository/models/{name}/unload", responses=failures)
@@ -199,16 +202,35 @@ async def read_body(request: Request, most_bytes: int, seconds: float) -> bytes:
     return b"".join(parts)
 
 
+def body_of(model: type[BaseModel], required: bool = True) -> dict[str, Any]:
+    """Return what OpenAPI says of a body that clients send under any content type."""
+    schema = model.model_json_schema(ref_template="{model}")
+    kinds = schema.pop("$defs", {})
+
+    def whole(part: Any) -> Any:  # OpenAPI would look for the definitions elsewhere
+        if isinstance(part, dict):
+            return whole(kinds[part["$ref"]]) if "$ref" in part else {k: whole(v) for k, v in part.items()}
+        return [whole(x) for x in part] if isinstance(part, list) else part
+
+    schema = whole(schema)
+    return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}
+
+
+def parse(model: type[Asked], raw: bytes) -> Asked:
+    """Return a body of JSON. Raises InputError."""
+    try:
+        return model.model_validate(orjson.loads(raw))
+    except ValueError as error:  # pydantic's is one
+        raise InputError(f"The request is not one of the protocol: {_first_line(error)}") from error
+
+
 def decode(raw: bytes, headers: Mapping[str, str], most_elements: int) -> tuple[InferRequest, Arrays]:
     """Read a request to run a model: JSON alone, or JSON followed by raw tensors. Raises InputError."""
     given = headers.get(HEADER_LENGTH)
     if given is not None and (not given.isdigit() or int(given) > len(raw)):
         raise InputError(f"{HEADER_LENGTH} {given!r:.40} does not fit a body of {len(raw)} bytes.")
     at = len(raw) if given is None else int(given)
-    try:
-        asked = InferRequest.model_validate(orjson.loads(raw[:at]))
-    except ValueError as error:  # pydantic's is one
-        raise InputError(f"The request is not one of the protocol: {_first_line(error)}") from error
+    asked = parse(InferRequest, raw[:at])
     feeds: Arrays = {}
     rest = memoryview(raw)
     for tensor in asked.inputs:
