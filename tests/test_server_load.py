@@ -73,3 +73,11 @@ def test_soak_writes_the_memory(recipe: Any, bundle: Path, tmp_path: Path) -> No
     entries = [json.loads(line) for line in (tmp_path / "soak.jsonl").read_text().splitlines()]
     assert len(entries) == 20
     assert all(e["bytes"] > 1 << 20 and not e["errors"] for e in entries)
+
+
+def test_the_loader_fits_a_small_box(recipe: Any, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe.edge(bundle, tokens=7)
+    assert json.loads(capsys.readouterr().out)["peak_mib"] < 512
+    with pytest.raises(SystemExit):
+        recipe.edge(bundle, tokens=7, mib=16)
+    assert "does not fit" in capsys.readouterr().out

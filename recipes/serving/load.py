@@ -6,6 +6,7 @@ python $L load shapes/bert-base/0.5 load.jsonl --mlserver mls/bin/mlserver    # 
 python $L soak shapes/bert-base/0.5 soak.jsonl --minutes 10
 python $L disturb shapes/bert-base/0.5 shapes/bert-base/0.7 --requests 10000  # a reload and a kill in the middle
 python $L table load.jsonl
+python $L edge shapes/bert-base/0.5 --precision int8          # the loader on two threads with 512 MB of memory
 The environment mls has `pip install mlserver onnxruntime`. Servers compute on one thread; the clients are this process.
 """
 
@@ -358,6 +359,40 @@ async def _disturbed(
     finally:
         making.__exit__(None, None, None)
     return tally
+
+
+EDGE = """
+import json, resource, sys, time
+limit = int(sys.argv[1]) << 20
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+import numpy as np
+from deploy_prune.serve import load
+root, variant, precision, feeds = sys.argv[2], sys.argv[3], sys.argv[4], dict(np.load(sys.argv[5]))
+with load(root, variant=variant, precision=precision, threads=2) as predictor:
+    times = []
+    for _ in range(20):
+        begun = time.perf_counter()
+        predictor.infer(feeds)
+        times.append(1e3 * (time.perf_counter() - begun))
+(line,) = [x for x in open("/proc/self/status") if x.startswith("VmHWM")]  # getrusage counts what forked this process
+peak = int(line.split()[1]) / 1024
+print(json.dumps({"peak_mib": round(peak, 1), "median_ms": sorted(times)[10], "modules": len(sys.modules)}))
+"""
+
+
+@app.command()
+def edge(
+    bundle: Path, variant: str = "sliced", precision: str = "fp32", rows: int = 1, tokens: int = 128, mib: int = 512
+) -> None:
+    """Run the loader in a process that may hold so many MiB; exit 1 where it does not fit."""
+    with tempfile.TemporaryDirectory() as folder:
+        feeds = Path(folder) / "feeds.npz"
+        np.savez(feeds, **feeds_of(bundle, rows, tokens))
+        command = [sys.executable, "-c", EDGE, str(mib), str(bundle), variant, precision, str(feeds)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(done.stdout or f"It does not fit into {mib} MiB: {done.stderr.strip().splitlines()[-1]}", end="")
+    if done.returncode or json.loads(done.stdout)["peak_mib"] > mib:
+        raise SystemExit(1)
 
 
 @app.command()
