@@ -147,11 +147,11 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
 
 async def start(
-    engine: Engine, address: str, *, token: str | None, most_bytes: int, credentials: Any = None
+    engine: Engine, address: str, *, token: str | None, most_bytes: int, most_calls: int, credentials: Any = None
 ) -> tuple[Any, int]:
-    """Start the gRPC server on an address; return it and its port."""
+    """Start the gRPC server on an address; return it and its port. Calls beyond `most_calls` at once are refused."""
     options = [("grpc.max_receive_message_length", most_bytes), ("grpc.max_send_message_length", most_bytes)]
-    server = grpc.aio.server(interceptors=[Guard(token)], options=options)
+    server = grpc.aio.server(interceptors=[Guard(token)], options=options, maximum_concurrent_rpcs=most_calls)
     stubs.add_GRPCInferenceServiceServicer_to_server(Service(engine), server)
     port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     await server.start()

@@ -173,6 +173,7 @@ class Server:
                 f"{host}:{listening.grpc_port}",
                 token=listening.token,
                 most_bytes=listening.most_bytes,
+                most_calls=listening.connections,
                 credentials=credentials,
             )
         except RuntimeError as error:
