@@ -76,7 +76,7 @@ def make_app(
 ) -> FastAPI:
     """Return the application. Bodies have `most_bytes` at most, and must have arrived after `body_seconds`."""
     app = FastAPI(title="deploy_prune", version=__version__, docs_url=None, redoc_url=None, strict_content_type=False)
-    failures = {400: {}, 401: {}, 404: {}, 408: {}, 413: {}, 503: {}, 504: {}}
+    failures: dict[int | str, dict[str, Any]] = {400: {}, 401: {}, 404: {}, 408: {}, 413: {}, 503: {}, 504: {}}
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Any) -> Response:

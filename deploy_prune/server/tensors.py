@@ -54,7 +54,7 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: Any) -> np
         given = np.asarray(data)
         if given.dtype.kind not in "biuf":
             raise ValueError(f"{given.dtype} values")
-        array = given.astype(DTYPES[datatype]).reshape(shape)
+        array: np.ndarray = given.astype(DTYPES[datatype]).reshape(shape)
         if array.dtype.kind != "f" and not np.array_equal(array, given.reshape(shape)):
             raise ValueError(f"values that are no {datatype}")
     except (ValueError, TypeError, OverflowError) as error:
@@ -112,7 +112,8 @@ def _flat(name: str, data: Any, count: int) -> list[bytes]:
 
 
 def _split(name: str, raw: bytes, count: int) -> list[bytes]:
-    found, at = [], 0
+    found: list[bytes] = []
+    at = 0
     while at < len(raw):
         if at + 4 > len(raw):
             raise InputError(f"Input {name} ends inside a text's length.")
