@@ -179,8 +179,8 @@ class Sliced{stock}(transformers.{stock}):
             resize(self, config.deploy_prune)
         except AttributeError as error:
             raise ValueError(
-                f"This model was cut under transformers {{config.transformers_version}}, whose modules have other names "
-                f"than those of {{transformers.__version__}}: use that release, or deploy_prune.load, which knows both."
+                f"This model was cut under transformers {{config.transformers_version}}, whose modules have other"
+                f" names than in {{transformers.__version__}}: use that release, or load it by deploy_prune.load."
             ) from error
 '''
 

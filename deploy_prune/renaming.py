@@ -11,7 +11,9 @@ from .archs import arch_of
 from .errors import BundleError, UnsupportedModelError
 
 
-def renamed(model: nn.Module, spec: dict[str, Any], state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def renamed(
+    model: nn.Module, spec: dict[str, Any], state: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return a sliced checkpoint's spec and tensors under the names that the modules of a stock model have here.
 
     Where the names are the same, both are returned as they are. Raises BundleError, naming the release that wrote the

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conv_tiny import tiny_cnn
+from onnxruntime import InferenceSession
 from runs_tiny import channel_checkpoint, image_checkpoint, image_data
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -19,6 +21,7 @@ from typer.testing import CliRunner
 import deploy_prune
 from deploy_prune.bundle import VARIANTS, Bundle
 from deploy_prune.channel_costs import channel_flops, channel_latency
+from deploy_prune.channel_slicing import logits
 from deploy_prune.checkpoint import load_dense, load_variant
 from deploy_prune.cli import app
 from deploy_prune.config import ALLOW_CODE, BenchSettings, load_recipe
@@ -295,3 +298,19 @@ def test_the_experiment_of_channels(tmp_path: Path) -> None:
     assert {f.suffix for f in files} >= {".json", ".md", ".csv"}
     with pytest.raises(InputError, match="another kind of model"):
         run_experiment("tradeoff", setting, tmp_path / "out")
+
+
+def test_the_api_exports_modules_and_image_models(tmp_path: Path) -> None:
+    image = (3, 16, 16)
+    plain = tiny_cnn("basic", classes=3)
+    with pytest.raises(InputError, match="not known which images this ResNet takes"):
+        deploy_prune.export_onnx(plain, tmp_path / "none.onnx")
+    loaded = load_dense(str(channel_checkpoint(tmp_path / "model")), "classification").model
+    vit = load_dense(str(image_checkpoint(tmp_path / "vit")), "classification").model
+    for model, given, size in ((plain, image, image), (loaded, None, image), (vit, None, (3, 8, 8))):
+        path = deploy_prune.export_onnx(model, tmp_path / "model.onnx", image=given)
+        x = np.random.default_rng(1).normal(size=(2, *size)).astype(np.float32)
+        (found,) = InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"pixel_values": x})
+        with torch.inference_mode():
+            expected = model(torch.from_numpy(x))
+        assert np.abs(found - logits(expected).numpy()).max() <= 1e-4

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UnsupportedModelError
 from ..units import ChannelGroup, SlicePlan
@@ -51,7 +53,8 @@ class ChannelGraph:
     """Hold a traced model: its layers in the order they run, its groups, and why other channels must stay.
 
     `norms` maps each batch norm with weights to the group it lies in (""), `refused` the first producer of channels
-    that cannot be cut to the reason.
+    that cannot be cut to the reason. `other_flops` are those of one image outside the layers, whose channels all stay:
+    attention, filters that are no parameters, second runs of one layer.
     """
 
     program: Any
@@ -59,6 +62,7 @@ class ChannelGraph:
     groups: tuple[ChannelGroup, ...]
     norms: dict[str, str]
     refused: dict[str, str]
+    other_flops: int = 0
 
     def layer(self, path: str) -> Layer:
         """Return a layer by its module's path."""
@@ -119,7 +123,28 @@ def trace_channels(model: nn.Module, images: Tensor, *, residual: bool = False) 
     )
     affine = [path for path in flow.norms if model.get_submodule(path).weight is not None]
     norms = {path: name_of(flow.norms[path]) for path in affine}
-    return ChannelGraph(program, layers, _in_order(groups, layers), norms, refused)
+    other = _other_flops(model, images[:1], layers)
+    return ChannelGraph(program, layers, _in_order(groups, layers), norms, refused, other)
+
+
+def _other_flops(model: nn.Module, image: Tensor, layers: Sequence[Layer]) -> int:
+    known = sum(2 * x.positions * x.width * x.inputs * x.outputs for x in layers)
+    return count_products(lambda: model(image)) - known
+
+
+def count_products(run: Callable[[], Any]) -> int:
+    """Return the FLOPs (2 x MAC) of the matrix products and convolutions of what is run.
+
+    Attention runs as plain products meanwhile: the counter sees neither fused kernels nor torch's fast path.
+    """
+    counter, fast = FlopCounterMode(display=False), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            run()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return int(counter.get_total_flops())
 
 
 def _why_not(stream: Stream, residual: bool) -> str:
