@@ -14,7 +14,7 @@ import pytest
 import torch
 from conv_tiny import tiny_cnn
 from onnxruntime import InferenceSession
-from runs_tiny import channel_checkpoint, image_checkpoint, image_data
+from runs_tiny import channel_checkpoint, image_checkpoint, image_data, verified_files
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -28,7 +28,6 @@ from deploy_prune.config import ALLOW_CODE, BenchSettings, load_recipe
 from deploy_prune.errors import BundleError, DeployPruneError, InputError, UnsupportedModelError
 from deploy_prune.experiments import Setting, run_experiment
 from deploy_prune.experiments.methods import CHANNEL_STAGES, CHANNEL_TRADEOFF
-from deploy_prune.export import verify_bundle
 from deploy_prune.latency_table import ChannelLatency, read_latency_table
 from deploy_prune.module_checkpoint import FILE, read_module_config
 from deploy_prune.pipeline import run, slice_given
@@ -81,14 +80,9 @@ def pixels(count: int, seed: int = 1) -> np.ndarray:
 
 @every_format
 def test_every_file_matches_its_model(bundle: Bundle) -> None:
-    made = {(a.variant, a.format, a.precision, a.scheme) for a in bundle.manifest.artifacts}
-    assert {(v, f, "fp32", None) for v in VARIANTS for f in ("onnx", "openvino", "pt2")} <= made
+    made = verified_files(bundle)
     assert ("sliced", "onnx", "fp16", None) in made
     assert ("sliced", "onnx", "int8", "qdq") in made
-    assert all(a.parity.status == "passed" for a in bundle.manifest.artifacts)
-    verified = verify_bundle(bundle)
-    verified.check()
-    assert len(verified.artifacts) == len(bundle.manifest.artifacts)
 
 
 def test_flops_of_plan_model_and_graph_are_equal(bundle: Bundle) -> None:
@@ -148,6 +142,9 @@ def test_bench_and_report_know_channels(bundle: Bundle) -> None:
     assert "of the network's FLOPs at 16 x 16 pixels" in page
     assert "channels" in page
     assert "1 tokens" not in page
+    assert "cut channels multiplied by zero" in page
+    assert "with embeddings and head" not in page
+    assert all(g.name in page for g in bundle.plan().groups)
     shown = CliRunner().invoke(app, ["inspect", str(bundle.root)])
     assert "channels" in shown.stdout
     assert "network FLOPs" in shown.stdout

@@ -99,7 +99,7 @@ def trace_channels(model: nn.Module, images: Tensor, *, residual: bool = False) 
     if model.training:
         raise UnsupportedModelError("The model is in training mode.", hint="Call model.eval() first.")
     program = export_program(model, images)
-    flow = Dataflow(model, program)
+    flow = Dataflow(model, program, TRACED_ROWS)
     names: dict[int, str] = {}
     groups: list[ChannelGroup] = []
     refused: dict[str, str] = {}

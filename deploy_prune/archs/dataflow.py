@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,8 +70,8 @@ class Site:
 class Dataflow:
     """Walk a functional ATen graph once, from inputs to outputs."""
 
-    def __init__(self, model: nn.Module, program: Any) -> None:
-        self.model, self.program = model, program
+    def __init__(self, model: nn.Module, program: Any, rows: int) -> None:
+        self.model, self.program, self.rows = model, program, rows  # of the batch that was traced
         signature = program.graph_signature
         self.names: dict[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.streams: list[Stream] = []
@@ -156,7 +156,8 @@ class Dataflow:
         axis = len(shape) - 1 if linear else len(shape) - 1 - (len(module.kernel_size))
         spread = layout.spread if layout else 1
         site = Site(
-            path, node.name, x.name, node.name, inputs // groups // spread, outputs, _positions(shape, outputs),
+            path, node.name, x.name, node.name, inputs // groups // spread, outputs,
+            math.prod(shape) // outputs // self.rows,  # some models fold positions into the batch's axis
             spread, taps, grouped=groups > 1, bias=module.bias is not None,
         )  # fmt: skip
         _look_behind(site, node, self)
@@ -334,10 +335,6 @@ def sizes(value: Any) -> tuple[int, ...]:
     if not isinstance(found, torch.Tensor):
         return ()
     return tuple(int(s) if isinstance(s, int) else int(s.node.hint) for s in found.shape)
-
-
-def _positions(shape: Sequence[int], outputs: int) -> int:
-    return math.prod(shape) // shape[0] // outputs
 
 
 def _look_behind(site: Site, node: Node, flow: Dataflow) -> None:
