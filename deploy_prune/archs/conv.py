@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UnsupportedModelError
 from ..units import ChannelGroup, SlicePlan
-from .dataflow import Dataflow, Stream
+from .dataflow import OUTPUT, Dataflow, Stream
 
 TRACED_ROWS = 2  # of the batch that is traced; its axis stays free
 
@@ -71,6 +71,15 @@ class ChannelGraph:
     def keeps(self, plan: SlicePlan) -> dict[str, tuple[int, ...]]:
         """Return the kept channels of every group, and of "" none."""
         return {g.name: plan[g.name].kept for g in self.groups}
+
+    def staying(self) -> list[str]:
+        """Say why channels stay whole: one example of every kind of reason, and how many more there are."""
+        alike: dict[str, list[str]] = {}
+        for name, why in self.refused.items():
+            kind = " ".join(word for word in why.split() if "." not in word)  # without paths and numbers
+            alike.setdefault(kind, []).append(f"{name}: {why}")
+        ordered = sorted(alike.values(), key=len, reverse=True)
+        return [x[0] + (f" (and {len(x) - 1} more)" if len(x) > 1 else "") for x in ordered if OUTPUT not in x[0]]
 
 
 def export_program(model: nn.Module, images: Tensor) -> Any:

@@ -14,6 +14,7 @@ from torch.fx import Node
 from ..units import Reader
 
 LINEAR = (nn.Linear, nn.Conv2d)
+OUTPUT = "its channels are the model's output"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Dataflow:
     def _visit(self, node: Node) -> None:
         if node.op == "output":
             for source in node.all_input_nodes:
-                self._fix(source, "its channels are the model's output")
+                self._fix(source, OUTPUT)
         elif node.op == "call_function":
             name = operator_name(node)
             if name in _RULES:
