@@ -17,8 +17,10 @@ from .config import MIN_SAMPLES
 from .costs import Budget
 from .errors import InputError
 from .heads import Head
+from .image_settings import model_size
 from .progress import Reporter
 from .pruner import prune_rows
+from .signature import Signature, image_signature, takes_images
 from .stages import Options, PrunedPlan
 from .surgery import surgery_of
 from .tasks.base import HeadKind, Row, TaskData
@@ -75,15 +77,37 @@ def export_onnx(
     model: nn.Module,
     path: str | Path,
     *,
-    input_names: Sequence[str] = ("input_ids", "attention_mask"),
+    input_names: Sequence[str] | None = None,
     head: HeadKind | None = None,
+    image: tuple[int, int, int] | None = None,
 ) -> Path:
-    """Write a dense, masked or sliced model as ONNX (opset 23, dynamic batch and sequence) and return the path."""
+    """Write a dense, masked or sliced model as ONNX (opset 23, dynamic batch and sequence) and return the path.
+
+    `input_names` default to input_ids and attention_mask, or to the images of an image model; `image` is their size
+    (C, H, W), by default what the model's config or `save_module` named. Raises InputError where that is not known.
+    """
     from .export.onnx import onnx_from_torch
 
     kind = head or _head(model)
-    onnx_from_torch(model, Head(kind), Path(path), input_names=input_names)
+    onnx_from_torch(model, Head(kind), Path(path), input_names=_inputs(model, input_names, image))
     return Path(path)
+
+
+def _inputs(
+    model: nn.Module, names: Sequence[str] | None, image: tuple[int, int, int] | None
+) -> Signature | Sequence[str]:
+    config: Any = getattr(model, "config", None) or getattr(model, "module_config", None)
+    if image is None and names is not None:
+        return names
+    if image is None and config is not None and not takes_images(config):
+        return ("input_ids", "attention_mask")
+    size = None if config is None else model_size(config)
+    if image is None and size is None:
+        raise InputError(
+            f"It is not known which images this {type(model).__name__} takes.",
+            hint="Give their size (C, H, W): image=(3, 224, 224).",
+        )
+    return image_signature(config, image or (int(config.num_channels), *size))  # type: ignore[misc]
 
 
 def _head(model: nn.Module) -> HeadKind:

@@ -41,8 +41,9 @@ class _Sum:
 
 
 def channel_flops(graph: ChannelGraph) -> ProductTable:
-    """Return the FLOPs (2 x MAC) of one image, all convolutions and Linears of the model counted."""
+    """Return the FLOPs (2 x MAC) of one image, all products of the model counted."""
     total = _Sum({g.name: g.size for g in graph.groups})
+    total.base = graph.other_flops
     for x in graph.layers:
         total.add(2.0 * x.positions * x.width, (x.reads, x.inputs), (x.writes, x.outputs))
     return total.table("flops")

@@ -20,12 +20,12 @@ from .compensate.layers import SweepResult
 from .costs import Budget, Limit
 from .criteria import Criterion, Evidence, get_criterion
 from .criteria.base import Scores
-from .errors import InputError
+from .errors import InfeasibleBudgetError, InputError
 from .graph_runner import GraphRunner
 from .masking import Updates
 from .progress import Progress
 from .pruner import Pruner, search_units
-from .stages import Options
+from .stages import Options, PrunedPlan
 from .surgery import TRIED_IMAGES, ChannelSurgery, channel_surgery
 from .units import SlicePlan
 
@@ -50,6 +50,16 @@ class ChannelPruner(Pruner):
     def graph(self) -> ChannelGraph:
         """Return the traced model."""
         return self.surgery.graph
+
+    def prune(self, budget: Budget, options: Options | None = None) -> PrunedPlan:
+        staying = "; ".join(self.graph.staying())
+        if staying:
+            self.reporter.note(f"Channels that stay: {staying}")
+        try:
+            return super().prune(budget, options)
+        except InfeasibleBudgetError as error:
+            hint = f"{error.hint} What stays: {staying}." if staying else error.hint
+            raise InfeasibleBudgetError(error.message, smallest=error.smallest, hint=hint) from error
 
     def limits(self, budget: Budget, seq_len: int) -> list[Limit]:
         return channel_limits(budget, self.graph, sum(p.numel() for p in self.model.parameters()))

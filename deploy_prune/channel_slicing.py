@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .archs.conv import ChannelGraph
 from .channel_masking import mask_channels, write_projection
-from .errors import UnsupportedModelError
+from .errors import InputError, UnsupportedModelError
 from .masking import Updates
 from .modeling_sliced import resize
 from .units import ChannelGroup, MaskSet, SlicePlan
@@ -36,8 +36,9 @@ def slice_channels(model: nn.Module, graph: ChannelGraph, plan: SlicePlan, updat
     """Return a smaller copy of the dense model, of the same class, equal to the masked one.
 
     Kept channels' scales are multiplied into the weights that read them; `updates` maps a layer's path to its
-    refitted projection.
+    refitted projection. Raises InputError where nothing is left of a layer whose class has a forward of its own.
     """
+    _check_empty(model, graph, plan)
     sliced = copy.deepcopy(model)
     spec = channel_spec(graph, plan)
     resize(sliced, spec)
@@ -49,6 +50,20 @@ def slice_channels(model: nn.Module, graph: ChannelGraph, plan: SlicePlan, updat
     else:
         sliced.deploy_prune = spec  # type: ignore[assignment]
     return sliced.eval()
+
+
+def _check_empty(model: nn.Module, graph: ChannelGraph, plan: SlicePlan) -> None:
+    """A stand-in for an empty layer has to know the shape of its output, which an own forward may change."""
+    for g in graph.groups:
+        paths = () if plan[g.name].count else (*g.producers, *g.through, *(r.path for r in g.readers))
+        for path in paths:
+            module = model.get_submodule(path)
+            plain = type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
+            if not plain and isinstance(module, nn.Conv2d | nn.Linear):
+                raise InputError(
+                    f"No channel of {g.name} is kept, but {path} is a {type(module).__name__}, which cannot go.",
+                    hint="Keep at least one: --min-neurons 1.",
+                )
 
 
 def _sliced_state(model: nn.Module, graph: ChannelGraph, plan: SlicePlan) -> dict[str, Tensor]:

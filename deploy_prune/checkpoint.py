@@ -22,6 +22,7 @@ from .image_settings import SETTINGS
 from .images import ImageProcessor, check_fit
 from .masking import OutputWeights
 from .module_checkpoint import FILE, WEIGHTS, ModuleConfig, load_module, read_module_config, save_module
+from .renaming import renamed
 from .signature import Signature, image_signature, takes_images
 from .surgery import ChannelSurgery, surgery_of_plan
 from .tasks.base import HeadKind
@@ -174,7 +175,13 @@ class Sliced{stock}(transformers.{stock}):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        resize(self, config.deploy_prune)
+        try:
+            resize(self, config.deploy_prune)
+        except AttributeError as error:
+            raise ValueError(
+                f"This model was cut under transformers {{config.transformers_version}}, whose modules have other"
+                f" names than in {{transformers.__version__}}: use that release, or load it by deploy_prune.load."
+            ) from error
 '''
 
 
@@ -188,11 +195,13 @@ def load_sliced(folder: Path) -> Any:
     if not spec:
         raise BundleError(f"{folder}/config.json does not describe a sliced model.", hint="Make the bundle again.")
     model = getattr(transformers, config.architectures[0])(config)
-    modeling_sliced.resize(model, spec)
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+        spec, state = renamed(model, spec, load_file(folder / "model.safetensors"))
+        modeling_sliced.resize(model, spec)
+        model.load_state_dict(state, strict=True)
     except (RuntimeError, OSError) as error:
         raise BundleError(f"{folder} does not hold the weights its config describes: {error}") from error
+    model.config.deploy_prune = spec
     return model.eval()
 
 

@@ -188,8 +188,12 @@ class Recipe(ExportSettings):
         default="global", description="Units compete in the whole model, or (local) every layer keeps the same share."
     )
 
-    drop_layers: int = _field(0, "Whole layers to leave out, by the measured change of the loss.", ge=0)
-    drop_sublayers: int = _field(0, "Attentions and FFNs to leave out, after the layers, likewise.", ge=0)
+    drop_layers: int | float = _field(
+        0, "Whole layers to leave out, by the measured change of the loss: a number, or a share (0.25 or 25%)."
+    )
+    drop_sublayers: int | float = _field(
+        0, "Attentions and FFNs to leave out, after the layers, likewise: a number, or a share of all."
+    )
     depth_rows: int = _field(256, "Calibration rows on which each is measured.", ge=1)
     depth_order: Literal["before", "after"] = _field(
         "before", "Leave them out before the widths are searched, or after that and recovery, which then runs again."
@@ -247,6 +251,19 @@ class Recipe(ExportSettings):
         if value < MIN_SAMPLES:
             raise ValueError(f"{value} samples are too few to calibrate on; give at least {MIN_SAMPLES}")
         return value
+
+    @field_validator("drop_layers", "drop_sublayers", mode="before")
+    @classmethod
+    def _number_or_share(cls, value: Any) -> int | float:
+        percent = isinstance(value, str) and value.endswith("%")
+        try:
+            number = float(value[:-1]) / 100 if percent else float(value)
+        except (TypeError, ValueError):
+            number = -1.0  # refused below
+        share = 0 < number < 1
+        if isinstance(value, bool) or not (share or (not percent and number >= 0 and number.is_integer())):
+            raise ValueError("give a whole number, or a share in (0, 1): 0.25 or 25%")
+        return number if share else int(number)
 
     @model_validator(mode="after")
     def _one_budget_at_least(self) -> Recipe:

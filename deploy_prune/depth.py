@@ -26,10 +26,13 @@ Constants = Mapping[str, Tensor]  # group name -> what stands for its projection
 
 @dataclass(frozen=True)
 class Depth:
-    """Say how many whole layers, and then how many sub-layers, go, and on how many rows that is measured."""
+    """Say how many whole layers, and then how many sub-layers, go, and on how many rows that is measured.
 
-    layers: int = 0
-    sublayers: int = 0
+    Both are numbers, or shares in (0, 1) of what the model has, rounded down.
+    """
+
+    layers: float = 0
+    sublayers: float = 0
     rows: int = 256
 
     @classmethod
@@ -39,6 +42,21 @@ class Depth:
 
     def __bool__(self) -> bool:
         return self.layers > 0 or self.sublayers > 0
+
+    def counts(self, groups: Sequence[UnitGroup]) -> tuple[int, int]:
+        """Return the numbers of layers and of sub-layers. Raises InputError for a share of less than one."""
+        return _count(self.layers, len(_layers(groups)), "layers"), _count(self.sublayers, len(groups), "sub-layers")
+
+
+def _count(asked: float, there: int, name: str) -> int:
+    if not 0 < asked < 1:
+        return int(asked)
+    count = int(asked * there + 1e-9)  # 0.3 * 10 is a little less than 3
+    if not count:
+        raise InputError(
+            f"{asked:g} of {there} {name} is less than one.", hint=f"Ask for at least {1 / there:.2g}, or for a number."
+        )
+    return count
 
 
 @dataclass
@@ -78,8 +96,9 @@ def choose(
     `teacher` (default: the model as it is given). `given` groups are gone from the start. A removal costs a forward
     pass for each candidate, from its layer upwards.
 
-    Raises InputError where nothing would be left, for an unknown group and for missing labels.
+    Raises InputError where nothing would be left, for a share of less than one, an unknown group and missing labels.
     """
+    layers, sublayers = depth.counts(groups)
     by_name = {g.name: g for g in groups}
     if unknown := sorted(set(given) - set(by_name)):
         raise InputError(f"No group {unknown[0]} to leave out.", hint=f"There are: {', '.join(by_name)}.")
@@ -92,13 +111,13 @@ def choose(
     now = measure.constants(means, {})
     found = LeftOut(list(given), {name: now[name] for name in given}, 0.0)
     found.loss_before = measure.losses(found.constants, [{}])[0]
-    total = depth.layers + depth.sublayers
+    total = layers + sublayers
     for step in range(total):
         left = [g for g in groups if g.name not in found.constants]
-        candidates = [(g,) for g in left] if step >= depth.layers else _layers(left)
+        candidates = [(g,) for g in left] if step >= layers else _layers(left)
         if len(candidates) <= 1:
             raise InputError(
-                f"Leaving out {depth.layers} layers and {depth.sublayers} sub-layers leaves nothing of the model.",
+                f"Leaving out {layers} layers and {sublayers} sub-layers leaves nothing of the model.",
                 hint="Leave out fewer.",
             )
         if step:

@@ -5,6 +5,7 @@ This file travels with every sliced checkpoint, so that
 It depends on torch and transformers alone.
 """
 
+import copy
 import inspect
 from typing import Any
 
@@ -164,26 +165,21 @@ def _resized(old: Any, read: int | None, made: int) -> nn.Module:
         return nn.Identity() if norm else Blank(old)
     if read == 0:
         return Constant(old, made)
-    like: dict[str, Any] = {"dtype": torch.float32}
-    for tensor in (*old.parameters(), *old.buffers()):
-        if tensor.is_floating_point():
-            like = {"dtype": tensor.dtype, "device": tensor.device}
+    new: Any = copy.deepcopy(old)  # subclasses keep what they hold beside their weights: timm's norms an activation
     if norm:
-        new = type(old)(made, old.eps, old.momentum, old.affine, old.track_running_stats, **like)
+        new.num_features = made
     elif isinstance(old, nn.Linear):
-        new = nn.Linear(old.in_features if read is None else read, made, bias=old.bias is not None, **like)
+        new.in_features, new.out_features = old.in_features if read is None else read, made
+    elif old.groups > 1:
+        new.in_channels = new.out_channels = new.groups = made
     else:
-        depthwise = old.groups > 1
-        new = type(old)(
-            made if depthwise else old.in_channels if read is None else read,
-            made,
-            old.kernel_size,
-            old.stride,
-            old.padding,
-            old.dilation,
-            made if depthwise else 1,
-            old.bias is not None,
-            old.padding_mode,
-            **like,
-        )
-    return new.train(old.training)
+        new.in_channels, new.out_channels = old.in_channels if read is None else read, made
+    for name, tensor in (*old.named_parameters(recurse=False), *old.named_buffers(recurse=False)):
+        if not tensor.dim():
+            continue  # the number of batches
+        shape = [made, *tensor.shape[1:]]
+        if tensor.dim() > 1 and read is not None:
+            shape[1] = read
+        empty = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+        setattr(new, name, nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty)
+    return new

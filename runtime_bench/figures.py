@@ -32,14 +32,14 @@ def kept_units(layers: Sequence[Mapping[str, Any]]) -> Figure:
                 "type": "bar",
                 "orientation": "h",
                 "name": kind,
-                "y": [f"layer {number}" for number, _ in rows],
+                "y": [name for name, _ in rows],
                 "x": [100 * bar["kept"] / bar["total"] for _, bar in rows],
                 "customdata": [[bar["kept"], bar["total"]] for _, bar in rows],
                 "hovertemplate": f"%{{y}}: %{{customdata[0]}} of %{{customdata[1]}} {kind}<extra></extra>",
                 "marker": {"color": UNITS.get(kind, OTHERS[len(traces) % len(OTHERS)])},
             }
         )
-    axes = {"xaxis": {"title": "% kept", "range": [0, 100]}, "yaxis": {"autorange": "reversed"}}
+    axes = {"xaxis": {"title": "% kept", "range": [0, 101]}, "yaxis": {"autorange": "reversed", "type": "category"}}
     return _figure(traces, axes | {"bargap": 0.25}, height=90 + 18 * len(kinds) * len(layers))
 
 
@@ -176,7 +176,8 @@ def _line(**ends: Any) -> dict[str, Any]:
 
 
 def _place(m: Mapping[str, Any]) -> str:
-    return f"{m['runtime']}, {m['batch']} x {m['seq']}, {m['threads']} thr."
+    shape = f"{m['batch']} x {m['seq']}" if m["seq"] > 1 else f"batch {m['batch']}"  # convolutions have no tokens
+    return f"{m['runtime']}, {shape}, {m['threads']} thr."
 
 
 def _colours(models: Iterable[str]) -> list[str]:

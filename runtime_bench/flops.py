@@ -195,15 +195,7 @@ def _attribute(node: Any, name: str, default: int) -> int:
 
 
 def count_torch(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
-    """Return the FLOPs (2 x MAC) of one forward pass of a torch model.
+    """Return the FLOPs (2 x MAC) of one forward pass of a torch model."""
+    from ..archs.conv import count_products
 
-    Attention runs as plain matrix products meanwhile: the counter does not see the fused kernel on CPU.
-    """
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(**inputs)
-    return int(counter.get_total_flops())
+    return count_products(lambda: model(**inputs))

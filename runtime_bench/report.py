@@ -118,6 +118,7 @@ def render_report(bundle: Bundle) -> str:
         headline=headline(bundle, rows),
         rows=rows,
         lines=_lines(rows, _signature(bundle)),
+        units="heads and neurons" if _signature(bundle).part == "encoder" else "channels",
         figures={name: Markup(figures.as_html(figure, name)) for name, figure in drawn.items()},
         plotly=Markup(figures.script()) if drawn else "",
         stages=[stage.model_dump() for stage in bundle.manifest.stages],
@@ -288,7 +289,8 @@ def _lines(rows: list[dict[str, Any]], signature: Signature = TEXTS) -> list[dic
         show_count,
     )
     add("– share of dense", "", lambda r: r["keep_flops"], percent)
-    add("All FLOPs", "with embeddings and head", lambda r: r["flops"], show_count)
+    if signature.part == "encoder":  # of a convolutional network all FLOPs are those above
+        add("All FLOPs", "with embeddings and head", lambda r: r["flops"], show_count)
     add("Parameters", "", lambda r: r["params"], show_count)
     add("Weights", "in fp32", lambda r: r["weight_bytes"], show_bytes)
     return lines
@@ -303,16 +305,20 @@ def _declined(stage: dict[str, Any]) -> str:
     if stage.get("skipped"):
         return f"skipped: {stage['skipped']}"
     entries = stage.get("declined") or []
-    return "; ".join(f"{e['group']}: {e['reason']}" for e in entries) or "none"
+    return "; ".join(f"{e['group']} declined: {e['reason']}" for e in entries) or "–"
 
 
 def _layers(bundle: Bundle) -> list[dict[str, Any]]:
-    """Return per layer what each group keeps: [{"layer", "heads": {kept, total}, "neurons": {...}}], or "channels"."""
+    """Return per layer what each group keeps: [{"layer", "heads": {kept, total}, "neurons": {...}}], or "channels".
+
+    Heads and neurons are shown by the number of their layer, channels by the name of the module that makes them.
+    """
     if "plan.json" not in bundle.manifest.files:
         return []
     layers: dict[int, dict[str, Any]] = {}
     for g in bundle.plan().groups:
-        entry = layers.setdefault(g.layer, {"layer": g.layer})
+        name = g.name if g.kind == "channel" else f"layer {g.layer}"
+        entry = layers.setdefault(g.layer, {"layer": name})
         entry[f"{g.kind}s"] = {"kept": g.count, "total": g.total}
     return [layers[i] for i in sorted(layers)]
 

@@ -15,6 +15,8 @@ from conv_tiny import tiny_cnn
 from models_tiny import tiny_model
 from tasks_tiny import tiny_tokenizer
 
+from deploy_prune.bundle import VARIANTS, Bundle
+from deploy_prune.export import verify_bundle
 from deploy_prune.images import ImageProcessor
 from deploy_prune.module_checkpoint import save_module
 
@@ -93,6 +95,18 @@ def image_data(path: Path, train: int = 96, evaluation: int = 24, size: int = 8)
         arrays[f"y_{name}"] = rng.integers(0, 3, count)
     np.savez(path, **arrays)
     return path
+
+
+def verified_files(bundle: Bundle) -> set[tuple[str, str, str, str | None]]:
+    """Check that a bundle's files match their models, then and now; return (variant, format, precision, scheme)."""
+    artifacts = bundle.manifest.artifacts
+    made = {(a.variant, a.format, a.precision, a.scheme) for a in artifacts}
+    assert {(v, f, "fp32", None) for v in VARIANTS for f in ("onnx", "openvino", "pt2")} <= made
+    assert all(a.parity.status == "passed" for a in artifacts)
+    verified = verify_bundle(bundle)
+    verified.check()
+    assert len(verified.artifacts) == len(artifacts)
+    return made
 
 
 def sentence(rng: random.Random) -> str:

@@ -22,7 +22,10 @@ SLICED = {**CELL, "model": "sliced", "flops": 200, "difference": "faster", "rati
 
 
 def test_bars_are_the_kept_shares() -> None:
-    layers = [{"layer": 0, "heads": {"kept": 3, "total": 4}}, {"layer": 1, "heads": {"kept": 0, "total": 4}}]
+    layers = [
+        {"layer": "layer 0", "heads": {"kept": 3, "total": 4}},
+        {"layer": "layer 1", "heads": {"kept": 0, "total": 4}},
+    ]
     (bars,) = figures.kept_units(layers).data
     assert (list(bars.x), list(bars.y)) == ([75.0, 0.0], ["layer 0", "layer 1"])
 

@@ -165,7 +165,7 @@ def test_page_is_whole_self_contained_and_escaped(bundle: Bundle) -> None:
         "5.00 (5.50)",
         "<broken> file",
         "A & B",
-        "L01.heads: no heads",
+        "L01.heads declined: no heads",
         "3.2",
         "123.0 MB",
         "70 runs, 10 rounds",

@@ -250,6 +250,74 @@ def test_refusals_name_the_reason() -> None:
         trace_channels(_Branching().eval(), flat)
 
 
+class NormAct(nn.BatchNorm2d):
+    """A batch norm that holds its activation, with a constructor of its own, as timm's BatchNormAct2d."""
+
+    def __init__(self, features: int, act: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__(features)
+        self.act = act()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(super().forward(x))
+
+
+class SameConv(nn.Conv2d):
+    """A convolution that pads by itself, as timm's Conv2dSame."""
+
+    def __init__(self, inputs: int, outputs: int, edge: int, groups: int = 1) -> None:
+        super().__init__(inputs, outputs, edge, groups=groups)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
+
+
+def test_modules_of_own_classes_keep_what_they_hold() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        SameConv(3, 6, 3), NormAct(6, nn.SiLU), SameConv(6, 6, 3, groups=6), NormAct(6, nn.ReLU6), SameConv(6, 8, 3),
+        NormAct(8, nn.Hardswish), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2),
+    ).eval()  # fmt: skip
+    x = torch.randn(3, 3, 8, 8)
+    graph = prove(model, trace_channels(model, x), x)
+    assert [g.size for g in graph.groups] == [6, 8], graph.refused
+    masks = MaskSet.ones(graph.groups)
+    masks[graph.groups[0].name][4:] = 0.0
+    plan = SlicePlan.from_masks(graph.groups, masks)
+    sliced = slice_channels(model, graph, plan)
+    with torch.inference_mode():
+        virtual, found = mask_channels(model, graph, plan)(x), sliced(x)
+    assert [type(m) for m in sliced] == [type(m) for m in model]
+    assert (found - virtual).abs().max() <= 1e-5 * max(1.0, float(virtual.abs().max()))
+    masks[graph.groups[0].name][:] = 0.0
+    with pytest.raises(InputError, match="is a SameConv, which cannot go"):
+        slice_channels(model, graph, SlicePlan.from_masks(graph.groups, masks))
+
+
+class Blurred(nn.Module):
+    """Filters by what is no parameter, and weighs positions by attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.fc = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 1), nn.Conv2d(5, 4, 1), nn.Linear(4, 2)
+        self.register_buffer("blur", torch.ones(5, 1, 3, 3) / 9)
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.conv2d(torch.relu(self.b(torch.relu(self.a(x)))), self.blur, groups=5)
+        x = self.c(x).flatten(2).transpose(1, 2)  # (B, positions, 4)
+        return self.fc(self.attend(x, x, x, need_weights=False)[0].mean(1))
+
+
+def test_products_outside_the_layers_count_whole() -> None:
+    torch.manual_seed(0)
+    model, x = Blurred().eval(), torch.randn(2, 3, 8, 8)
+    graph = prove(model, trace_channels(model, x), x)
+    assert [g.name for g in graph.groups] == ["a", "attend.out_proj"], graph.refused
+    plan = SlicePlan.from_masks(graph.groups, {g.name: np.arange(g.size) % 2.0 for g in graph.groups})
+    for counts, found in ((None, model), (plan, slice_channels(model, graph, plan))):
+        assert channel_flops(graph).cost(counts_of(graph.groups, counts)) == count_torch(found, {"x": x[:1]})
+
+
 class _Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()

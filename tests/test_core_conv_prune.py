@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conv_tiny import FAMILIES, tiny_cnn, tiny_images
+from conv_tiny import FAMILIES, Bottleneck, ResNet, tiny_cnn, tiny_images
 from torch import nn
 
 from deploy_prune.archs.conv import trace_channels
@@ -21,7 +21,7 @@ from deploy_prune.compensate.conv import sweep_channels
 from deploy_prune.compensate.refit import Refit
 from deploy_prune.costs import Budget
 from deploy_prune.criteria import criteria
-from deploy_prune.errors import InputError
+from deploy_prune.errors import InfeasibleBudgetError, InputError
 from deploy_prune.export.onnx import onnx_from_torch
 from deploy_prune.graph_runner import GraphRunner
 from deploy_prune.heads import Head
@@ -143,6 +143,16 @@ def test_pruned_to_budget_and_nearer_by_refit(family: str, keep: float) -> None:
     distance(replace(plain, compensate="refit-cut"))
     distance(replace(plain, compensate="mask-tuning"))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_what_stays_is_said_and_explains_an_infeasible_budget() -> None:
+    grouped = ResNet(lambda i, w, s: Bottleneck(i, w, s, groups=2), (4, 6)).eval()  # type: ignore[arg-type]
+    pruner = ChannelPruner(grouped, HEAD, rows("basic"), residual=True)
+    (said,) = pruner.graph.staying()
+    assert said == "layer1.0.conv1: layer1.0.conv2 is a grouped convolution (and 7 more)"
+    with pytest.raises(InfeasibleBudgetError, match=r"--cut-residual.*What stays: layer1\.0\.conv1") as caught:
+        pruner.prune(Budget(0.01), Options(label_free=True))
+    assert 0.01 < caught.value.smallest < 1
 
 
 @pytest.mark.parametrize("family", ["lenet", "squeeze"])

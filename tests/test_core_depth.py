@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from models_tiny import FAMILIES, heads_of, tiny_model, tiny_rows
+from pydantic import ValidationError
 from torch import nn
 
 from deploy_prune.archs import arch_of
 from deploy_prune.batches import Batches
+from deploy_prune.config import Recipe, load_recipe
 from deploy_prune.costs import Budget, encoder_flops
 from deploy_prune.depth import Depth, choose, without
 from deploy_prune.errors import InfeasibleBudgetError, InputError
@@ -146,6 +148,33 @@ def test_what_cannot_be_left_out_is_refused() -> None:
         row.label = None
     with pytest.raises(InputError, match="no label"):
         choose(model, groups, head, rows, Depth(1))
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.34, 1), (2 / 3, 2), (0.99, 2)])
+def test_a_share_is_a_number_rounded_down(share: float, count: int) -> None:
+    model, groups, head, rows = parts("bert")  # three layers
+    assert Depth(share).counts(groups) == (count, 0)
+    assert Depth(0, share).counts(groups) == (0, 2 * count if share < 0.9 else 5)
+    assert choose(model, groups, head, rows, Depth(share)).log == choose(model, groups, head, rows, Depth(count)).log
+
+
+def test_a_share_of_less_than_one_is_refused() -> None:
+    model, groups, head, rows = parts("bert")
+    with pytest.raises(InputError, match=r"0\.3 of 3 layers is less than one"):
+        choose(model, groups, head, rows, Depth(0.3))
+
+
+@pytest.mark.parametrize(("given", "read"), [("2", 2), (3.0, 3), ("0.25", 0.25), ("25%", 0.25), ("0", 0), (0.5, 0.5)])
+def test_recipes_take_numbers_shares_and_percentages(given: object, read: float) -> None:
+    recipe = load_recipe(drop_layers=given, drop_sublayers=given)
+    assert (recipe.drop_layers, type(recipe.drop_layers)) == (read, type(read))
+    assert Depth.of(recipe) == Depth(read, read)
+
+
+@pytest.mark.parametrize("given", ["1.5", "-1", "100%", "0%", "-0.2", "half", "nan", "inf", "1e999", True, None, [1]])
+def test_recipes_refuse_other_depths(given: object) -> None:
+    with pytest.raises(ValidationError, match="share in"):
+        Recipe.model_validate({"drop_layers": given})
 
 
 @pytest.mark.parametrize("compensate", ["refit", "mask-tuning", "none"])

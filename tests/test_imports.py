@@ -29,7 +29,7 @@ LAYERS = [
     "calibration channel_calibration predict layerwise teacher",
     "criteria",
     "search rearrange compensate",
-    "slicing channel_slicing surgery module_checkpoint checkpoint",
+    "slicing channel_slicing surgery module_checkpoint renaming checkpoint",
     "depth",
     "stages runtimes finetune distil recover resume",
     "pruner channel_pruner serve",

@@ -12,20 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs_tiny import channel_checkpoint, image_checkpoint, image_data
+from conv_tiny import tiny_cnn
+from onnxruntime import InferenceSession
+from runs_tiny import channel_checkpoint, image_checkpoint, image_data, verified_files
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import deploy_prune
 from deploy_prune.bundle import VARIANTS, Bundle
 from deploy_prune.channel_costs import channel_flops, channel_latency
+from deploy_prune.channel_slicing import logits
 from deploy_prune.checkpoint import load_dense, load_variant
 from deploy_prune.cli import app
 from deploy_prune.config import ALLOW_CODE, BenchSettings, load_recipe
 from deploy_prune.errors import BundleError, DeployPruneError, InputError, UnsupportedModelError
 from deploy_prune.experiments import Setting, run_experiment
 from deploy_prune.experiments.methods import CHANNEL_STAGES, CHANNEL_TRADEOFF
-from deploy_prune.export import verify_bundle
 from deploy_prune.latency_table import ChannelLatency, read_latency_table
 from deploy_prune.module_checkpoint import FILE, read_module_config
 from deploy_prune.pipeline import run, slice_given
@@ -78,14 +80,9 @@ def pixels(count: int, seed: int = 1) -> np.ndarray:
 
 @every_format
 def test_every_file_matches_its_model(bundle: Bundle) -> None:
-    made = {(a.variant, a.format, a.precision, a.scheme) for a in bundle.manifest.artifacts}
-    assert {(v, f, "fp32", None) for v in VARIANTS for f in ("onnx", "openvino", "pt2")} <= made
+    made = verified_files(bundle)
     assert ("sliced", "onnx", "fp16", None) in made
     assert ("sliced", "onnx", "int8", "qdq") in made
-    assert all(a.parity.status == "passed" for a in bundle.manifest.artifacts)
-    verified = verify_bundle(bundle)
-    verified.check()
-    assert len(verified.artifacts) == len(bundle.manifest.artifacts)
 
 
 def test_flops_of_plan_model_and_graph_are_equal(bundle: Bundle) -> None:
@@ -145,6 +142,9 @@ def test_bench_and_report_know_channels(bundle: Bundle) -> None:
     assert "of the network's FLOPs at 16 x 16 pixels" in page
     assert "channels" in page
     assert "1 tokens" not in page
+    assert "cut channels multiplied by zero" in page
+    assert "with embeddings and head" not in page
+    assert all(g.name in page for g in bundle.plan().groups)
     shown = CliRunner().invoke(app, ["inspect", str(bundle.root)])
     assert "channels" in shown.stdout
     assert "network FLOPs" in shown.stdout
@@ -295,3 +295,19 @@ def test_the_experiment_of_channels(tmp_path: Path) -> None:
     assert {f.suffix for f in files} >= {".json", ".md", ".csv"}
     with pytest.raises(InputError, match="another kind of model"):
         run_experiment("tradeoff", setting, tmp_path / "out")
+
+
+def test_the_api_exports_modules_and_image_models(tmp_path: Path) -> None:
+    image = (3, 16, 16)
+    plain = tiny_cnn("basic", classes=3)
+    with pytest.raises(InputError, match="not known which images this ResNet takes"):
+        deploy_prune.export_onnx(plain, tmp_path / "none.onnx")
+    loaded = load_dense(str(channel_checkpoint(tmp_path / "model")), "classification").model
+    vit = load_dense(str(image_checkpoint(tmp_path / "vit")), "classification").model
+    for model, given, size in ((plain, image, image), (loaded, None, image), (vit, None, (3, 8, 8))):
+        path = deploy_prune.export_onnx(model, tmp_path / "model.onnx", image=given)
+        x = np.random.default_rng(1).normal(size=(2, *size)).astype(np.float32)
+        (found,) = InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"pixel_values": x})
+        with torch.inference_mode():
+            expected = model(torch.from_numpy(x))
+        assert np.abs(found - logits(expected).numpy()).max() <= 1e-4

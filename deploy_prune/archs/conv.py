@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UnsupportedModelError
 from ..units import ChannelGroup, SlicePlan
-from .dataflow import Dataflow, Stream
+from .dataflow import OUTPUT, Dataflow, Stream
 
 TRACED_ROWS = 2  # of the batch that is traced; its axis stays free
 
@@ -51,7 +53,8 @@ class ChannelGraph:
     """Hold a traced model: its layers in the order they run, its groups, and why other channels must stay.
 
     `norms` maps each batch norm with weights to the group it lies in (""), `refused` the first producer of channels
-    that cannot be cut to the reason.
+    that cannot be cut to the reason. `other_flops` are those of one image outside the layers, whose channels all stay:
+    attention, filters that are no parameters, second runs of one layer.
     """
 
     program: Any
@@ -59,6 +62,7 @@ class ChannelGraph:
     groups: tuple[ChannelGroup, ...]
     norms: dict[str, str]
     refused: dict[str, str]
+    other_flops: int = 0
 
     def layer(self, path: str) -> Layer:
         """Return a layer by its module's path."""
@@ -67,6 +71,15 @@ class ChannelGraph:
     def keeps(self, plan: SlicePlan) -> dict[str, tuple[int, ...]]:
         """Return the kept channels of every group, and of "" none."""
         return {g.name: plan[g.name].kept for g in self.groups}
+
+    def staying(self) -> list[str]:
+        """Say why channels stay whole: one example of every kind of reason, and how many more there are."""
+        alike: dict[str, list[str]] = {}
+        for name, why in self.refused.items():
+            kind = " ".join(word for word in why.split() if "." not in word)  # without paths and numbers
+            alike.setdefault(kind, []).append(f"{name}: {why}")
+        ordered = sorted(alike.values(), key=len, reverse=True)
+        return [x[0] + (f" (and {len(x) - 1} more)" if len(x) > 1 else "") for x in ordered if OUTPUT not in x[0]]
 
 
 def export_program(model: nn.Module, images: Tensor) -> Any:
@@ -95,7 +108,7 @@ def trace_channels(model: nn.Module, images: Tensor, *, residual: bool = False) 
     if model.training:
         raise UnsupportedModelError("The model is in training mode.", hint="Call model.eval() first.")
     program = export_program(model, images)
-    flow = Dataflow(model, program)
+    flow = Dataflow(model, program, TRACED_ROWS)
     names: dict[int, str] = {}
     groups: list[ChannelGroup] = []
     refused: dict[str, str] = {}
@@ -119,7 +132,28 @@ def trace_channels(model: nn.Module, images: Tensor, *, residual: bool = False) 
     )
     affine = [path for path in flow.norms if model.get_submodule(path).weight is not None]
     norms = {path: name_of(flow.norms[path]) for path in affine}
-    return ChannelGraph(program, layers, _in_order(groups, layers), norms, refused)
+    other = _other_flops(model, images[:1], layers)
+    return ChannelGraph(program, layers, _in_order(groups, layers), norms, refused, other)
+
+
+def _other_flops(model: nn.Module, image: Tensor, layers: Sequence[Layer]) -> int:
+    known = sum(2 * x.positions * x.width * x.inputs * x.outputs for x in layers)
+    return count_products(lambda: model(image)) - known
+
+
+def count_products(run: Callable[[], Any]) -> int:
+    """Return the FLOPs (2 x MAC) of the matrix products and convolutions of what is run.
+
+    Attention runs as plain products meanwhile: the counter sees neither fused kernels nor torch's fast path.
+    """
+    counter, fast = FlopCounterMode(display=False), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            run()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return int(counter.get_total_flops())
 
 
 def _why_not(stream: Stream, residual: bool) -> str:

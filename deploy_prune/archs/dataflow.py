@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.fx import Node
 from ..units import Reader
 
 LINEAR = (nn.Linear, nn.Conv2d)
+OUTPUT = "its channels are the model's output"
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Site:
 class Dataflow:
     """Walk a functional ATen graph once, from inputs to outputs."""
 
-    def __init__(self, model: nn.Module, program: Any) -> None:
-        self.model, self.program = model, program
+    def __init__(self, model: nn.Module, program: Any, rows: int) -> None:
+        self.model, self.program, self.rows = model, program, rows  # of the batch that was traced
         signature = program.graph_signature
         self.names: dict[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.streams: list[Stream] = []
@@ -92,7 +93,7 @@ class Dataflow:
     def _visit(self, node: Node) -> None:
         if node.op == "output":
             for source in node.all_input_nodes:
-                self._fix(source, "its channels are the model's output")
+                self._fix(source, OUTPUT)
         elif node.op == "call_function":
             name = operator_name(node)
             if name in _RULES:
@@ -156,7 +157,8 @@ class Dataflow:
         axis = len(shape) - 1 if linear else len(shape) - 1 - (len(module.kernel_size))
         spread = layout.spread if layout else 1
         site = Site(
-            path, node.name, x.name, node.name, inputs // groups // spread, outputs, _positions(shape, outputs),
+            path, node.name, x.name, node.name, inputs // groups // spread, outputs,
+            math.prod(shape) // outputs // self.rows,  # some models fold positions into the batch's axis
             spread, taps, grouped=groups > 1, bias=module.bias is not None,
         )  # fmt: skip
         _look_behind(site, node, self)
@@ -334,10 +336,6 @@ def sizes(value: Any) -> tuple[int, ...]:
     if not isinstance(found, torch.Tensor):
         return ()
     return tuple(int(s) if isinstance(s, int) else int(s.node.hint) for s in found.shape)
-
-
-def _positions(shape: Sequence[int], outputs: int) -> int:
-    return math.prod(shape) // shape[0] // outputs
 
 
 def _look_behind(site: Site, node: Node, flow: Dataflow) -> None:

@@ -119,7 +119,7 @@ def _check_reachable(groups: Sequence[Units], limit: Limit, minimum: Minimum) ->
     least = f"{minimum.heads} head(s) and {minimum.neurons} neuron(s) per layer"
     hint = "Ask for more, or allow empty sub-layers with --min-heads 0 --min-neurons 0."
     if all(g.kind == "channel" for g in groups):
-        least, hint = "the least channels of each group", "Ask for more, or let residual streams be cut too."
+        least, hint = "the least channels of each group", "Ask for more, or cut residual streams too (--cut-residual)."
     raise InfeasibleBudgetError(
         f"{NAMES[table.kind]} {asked} is infeasible: with at least {least} the smallest reachable is {reachable}.",
         smallest=value,
