@@ -118,6 +118,7 @@ def render_report(bundle: Bundle) -> str:
         headline=headline(bundle, rows),
         rows=rows,
         lines=_lines(rows, _signature(bundle)),
+        name=model_name(bundle.manifest.model),
         units="heads and neurons" if _signature(bundle).part == "encoder" else "channels",
         figures={name: Markup(figures.as_html(figure, name)) for name, figure in drawn.items()},
         plotly=Markup(figures.script()) if drawn else "",
@@ -155,8 +156,7 @@ def as_markdown(bundle: Bundle) -> str:
     """Return the summary for a pull request: the sentence, the table, every measured ratio, and the machine."""
     model, bench = bundle.manifest.model, latest_bench(bundle)
     rows = summary_rows(bundle)
-    name = model.get("name") or model.get("source", "model")
-    lines = [f"### {name}, {bundle.manifest.task.get('name', 'unnamed')}", "", headline(bundle, rows), ""]
+    lines = [f"### {model_name(model)}, {bundle.manifest.task.get('name', 'unnamed')}", "", headline(bundle, rows), ""]
     lines += _table(
         ["", *(row["variant"] for row in rows)], [[_labelled(x), *x["cells"]] for x in _lines(rows, _signature(bundle))]
     )
@@ -184,6 +184,12 @@ def as_markdown(bundle: Bundle) -> str:
     if machine := bench["machine"]:
         lines += ["", f"{machine['cpu']}, {machine['threads']} threads, load {machine['load_1min']:.1f} at the start."]
     return "\n".join(lines) + "\n"
+
+
+def model_name(model: Mapping[str, Any]) -> str:
+    """Return what a page calls a manifest's model: its name, hub id, or the name of its folder."""
+    source = str(model.get("name") or model.get("source", "model"))
+    return source if source.count("/") == 1 and not source.startswith((".", "/")) else Path(source).name or source
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -282,9 +288,10 @@ def _lines(rows: list[dict[str, Any]], signature: Signature = TEXTS) -> list[dic
         add("– against dense", "ratio, 95% interval", _inside(speed, "ratio"), show_ratio)
         add("– CPU time against dense", "ratio, 95% interval", _inside(speed, "cpu_ratio"), show_ratio)
         add("– peak memory", "process, loading included", _inside(speed, "peak_rss_bytes"), show_bytes)
+    length = "the budget's length" if signature.part == "encoder" else signature.length(1)
     add(
         f"{signature.part.capitalize()} FLOPs",
-        "2 x MAC, batch 1, at the budget's length",
+        f"2 x MAC, batch 1, at {length}",
         lambda r: r["encoder_flops"],
         show_count,
     )

@@ -17,6 +17,7 @@ from deploy_prune.runtime_bench.report import (
     as_markdown,
     budget_line,
     headline,
+    model_name,
     render_report,
     show_bytes,
     show_count,
@@ -241,3 +242,11 @@ def test_units() -> None:
 def test_the_budget_is_named_by_its_kind(budget: dict[str, Any], said: str) -> None:
     """The report once called every budget a share of FLOPs."""
     assert budget_line(budget) == said
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [("/models/lenet", "lenet"), ("./lenet/", "lenet"), ("a/b/lenet", "lenet"), ("org/lenet", "org/lenet"), ("x", "x")],
+)
+def test_a_page_is_headed_by_the_model_not_by_its_folder(source: str, shown: str) -> None:
+    assert model_name({"source": source}) == shown
