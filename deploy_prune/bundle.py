@@ -11,8 +11,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
-import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from .documents import one_line, read_json
 from .errors import BundleError, InputError, SystemStateError
 
 if TYPE_CHECKING:
@@ -141,15 +142,15 @@ class Bundle:
                 hint="Make one with: deploy-prune run MODEL --out " + str(root),
             )
         try:
-            manifest = Manifest.model_validate(json.loads(path.read_text("utf-8")))
-        except (ValueError, ValidationError) as error:
+            manifest = Manifest.model_validate(read_json(path))
+        except ValueError as error:  # pydantic's is one
             raise BundleError(
-                f"{path} is not a valid manifest: {str(error).splitlines()[0]}", hint="Make the bundle again."
+                f"{path} is not a valid manifest: {one_line(error)}", hint="Make the bundle again."
             ) from error
         major = manifest.schema_version.split(".")[0]
-        if not major.isdigit() or int(major) > int(SCHEMA_VERSION.split(".")[0]):
+        if not re.fullmatch("[0-9]{1,9}", major) or int(major) > int(SCHEMA_VERSION.split(".")[0]):
             raise BundleError(
-                f"{path} has schema version {manifest.schema_version}; this version reads up to {SCHEMA_VERSION}.",
+                f"{path} has schema version {manifest.schema_version:.40}; this version reads up to {SCHEMA_VERSION}.",
                 hint="Upgrade deploy-prune.",
             )
         bundle = cls(root, manifest)
@@ -160,9 +161,13 @@ class Bundle:
 
     def path(self, relative: str) -> Path:
         """Resolve a path of the manifest; it may not leave the folder."""
-        path = (self.root / relative).resolve()
+        try:
+            path = (self.root / relative).resolve()
+            path.is_file()
+        except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a zero byte
+            raise BundleError(f"The manifest of {self.root} names no path: {relative!r:.80} ({error!s:.80})") from error
         if not path.is_relative_to(self.root.resolve()):
-            raise BundleError(f"The manifest of {self.root} names a path outside the bundle: {relative}")
+            raise BundleError(f"The manifest of {self.root} names a path outside the bundle: {relative:.200}")
         return path
 
     def verify(self, relative: str, digest: str) -> None:
@@ -180,7 +185,11 @@ class Bundle:
         """Read plan.json."""
         from .units import SlicePlan
 
-        return SlicePlan.from_dict(json.loads(self.path("plan.json").read_text("utf-8")))
+        path = self.path("plan.json")
+        try:
+            return SlicePlan.from_dict(read_json(path))
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path} cannot be read: {one_line(error)}", hint="Make the bundle again.") from error
 
     def add_file(self, source: Path, folder: str, stem: str) -> str:
         """Move a file into the bundle under a name that carries its content hash; return its path.
@@ -215,14 +224,20 @@ class Bundle:
 
     def golden(self) -> list[GoldenCase]:
         """Read the golden cases: inputs and each variant's outputs at several shapes and paddings."""
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         cases = []
         for entry in self.manifest.golden:
-            tensors = load_file(self.path(entry["path"]))
+            try:
+                tensors = load_file(self.path(entry["path"]))
+            except (KeyError, TypeError, OSError, SafetensorError) as error:
+                raise BundleError(
+                    f"A golden case of {self.root} cannot be read: {one_line(error)}", hint="Make the bundle again."
+                ) from error
             case = GoldenCase({}, {})
             for key, array in tensors.items():
-                owner, name = key.split(".", 1)
+                owner, _, name = key.partition(".")
                 target = case.inputs if owner == "input" else case.outputs.setdefault(owner, {})
                 target[name] = array
             cases.append(case)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
+from .documents import one_line, read_toml
 from .errors import InputError
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -297,11 +297,11 @@ def load_settings(settings: type[Settings], path: str | Path | None, command: st
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = tomllib.loads(Path(path).read_text("utf-8"))
+            values = read_toml(path)
         except OSError as error:
             raise InputError(f"Could not read the recipe {path}: {error.strerror}.") from error
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"{path} is not valid TOML: {error}.") from error
+        except ValueError as error:
+            raise InputError(f"{path} is not valid TOML: {one_line(error)}.") from error
     values |= {k: v for k, v in flags.items() if v is not None}
     try:
         return settings.model_validate(values)
@@ -317,7 +317,7 @@ def _explain(error: ValidationError, path: str | Path | None, settings: type[Bas
             lines.append(f"unknown key '{key}'; known: {', '.join(sorted(settings.model_fields))}")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            shown = f"{key} = {item['input']!r}: " if key else ""  # no key: several fields do not fit together
+            shown = f"{key} = {item['input']!r:.200}: " if key else ""  # no key: several fields do not fit together
             lines.append(f"{shown}{message[0].lower()}{message[1:]}")
     where = f"The recipe {path}" if path else "The settings"
     return f"{where} cannot be used: " + "; ".join(lines) + "."

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from .errors import InputError
+from .npz import read_npz
 from .units import MaskSet, UnitGroup
 
 KINDS = {"head_mask": "head", "neuron_mask": "neuron"}
@@ -61,8 +62,7 @@ def _read(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
+            return dict(read_npz(path))
         if path.suffix in (".pt", ".bin"):
             value = torch.load(path, map_location="cpu", weights_only=True)
             if isinstance(value, dict):

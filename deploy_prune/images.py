@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .documents import read_json
 from .errors import InputError, MissingExtraError
 from .image_settings import BILINEAR, MAX_EDGE, SETTINGS, model_size, pair, read_settings
 
@@ -173,7 +174,7 @@ def _has_patches(config: Any) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        contents = json.loads(path.read_text("utf-8"))
+        contents = read_json(path)
     except FileNotFoundError as error:
         raise InputError(
             f"There is no {path}, which says how the model wants its images.",

@@ -28,6 +28,7 @@ from torch import nn
 
 from .bundle import disk_errors
 from .config import ALLOW_CODE
+from .documents import read_json
 from .errors import BundleError, InputError, UnsupportedModelError
 from .image_settings import SETTINGS
 from .images import ImageProcessor
@@ -221,7 +222,7 @@ def _timm_config(entry: Mapping[str, Any]) -> ModuleConfig:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        entry = json.loads(path.read_text("utf-8"))
+        entry = read_json(path)
     except (OSError, ValueError) as error:
         raise BundleError(f"No {path.name} that can be read in {path.parent}: {error}") from error
     return entry if isinstance(entry, dict) else {}
