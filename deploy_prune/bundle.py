@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from .documents import one_line, read_json
+from .documents import one_line, parse_json, read_json, read_text
 from .errors import BundleError, InputError, SystemStateError
+from .signing import SIGNATURE, check_signature
 
 if TYPE_CHECKING:
     from .units import SlicePlan
@@ -129,10 +130,10 @@ class Bundle:
         self.manifest = manifest
 
     @classmethod
-    def open(cls, root: str | Path, *, verify: bool = True) -> Bundle:
-        """Open a bundle and check every hash.
+    def open(cls, root: str | Path, *, verify: bool = True, public_key: Path | None = None) -> Bundle:
+        """Open a bundle and check every hash; with `public_key` also that it was signed, and has no other files.
 
-        Raises BundleError when it is missing, corrupted, or of a newer major schema version.
+        Raises BundleError when it is missing, corrupted, not signed by that key, or of a newer major schema version.
         """
         root = Path(root)
         path = root / "manifest.json"
@@ -142,7 +143,11 @@ class Bundle:
                 hint="Make one with: deploy-prune run MODEL --out " + str(root),
             )
         try:
-            manifest = Manifest.model_validate(read_json(path))
+            text = read_text(path)
+            if public_key is not None:
+                check_signature(root, text.encode(), public_key)
+            manifest = Manifest.model_validate(parse_json(text))
+            manifest.model_dump_json()  # half of a surrogate pair can be read, but not be written again
         except ValueError as error:  # pydantic's is one
             raise BundleError(
                 f"{path} is not a valid manifest: {one_line(error)}", hint="Make the bundle again."
@@ -154,7 +159,9 @@ class Bundle:
                 hint="Upgrade deploy-prune.",
             )
         bundle = cls(root, manifest)
-        if verify:
+        if public_key is not None:
+            bundle.refuse_strays()
+        if verify or public_key is not None:
             for name, digest in manifest.files.items():
                 bundle.verify(name, digest)
         return bundle
@@ -180,6 +187,17 @@ class Bundle:
                 f"{relative} in the bundle {self.root} is corrupted (sha256 {found[:12]}, expected {digest[:12]}).",
                 hint="Make the bundle again, or copy it again from where it came.",
             )
+
+    def refuse_strays(self) -> None:
+        """Raise BundleError for a file that the manifest does not name: libraries may read it all the same."""
+        known = {"manifest.json", SIGNATURE, *self.manifest.files}
+        for path in sorted(self.root.rglob("*")):
+            name = path.relative_to(self.root).as_posix()
+            if name not in known and (path.is_symlink() or not path.is_dir()):
+                raise BundleError(
+                    f"The bundle {self.root} has the file {name}, which its signed manifest does not name.",
+                    hint="Remove it, or get the bundle again from where it was made.",
+                )
 
     def plan(self) -> SlicePlan:
         """Read plan.json."""
@@ -257,8 +275,12 @@ class Bundle:
         self.manifest.golden.append({"path": self.add_file(temporary, "golden", stem)})
 
     def commit(self) -> None:
-        """Replace manifest.json atomically, then remove files that no manifest names."""
-        write_atomically(self.root / "manifest.json", self.manifest.model_dump_json(indent=2) + "\n")
+        """Replace manifest.json atomically; remove files that it does not name, and the signature of what it was."""
+        path, text = self.root / "manifest.json", self.manifest.model_dump_json(indent=2) + "\n"
+        changed = not path.is_file() or path.read_bytes() != text.encode()
+        write_atomically(path, text)
+        if changed:
+            (self.root / SIGNATURE).unlink(missing_ok=True)
         self._collect()
 
     def _collect(self) -> None:

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from . import __version__, cli_gate, cli_lab, cli_serve, screen
+from . import __version__, cli_gate, cli_lab, cli_serve, cli_sign, screen
 from .bundle import VARIANTS, Bundle, Variant, disk_errors, locked, write_atomically
-from .config import ALLOW_CODE, BenchSettings, ExportSettings, Recipe
+from .config import ALLOW_CODE, ALLOW_PICKLE, BenchSettings, ExportSettings, Recipe
 from .errors import DeployPruneError, MissingExtraError, SystemStateError, VerdictError
 from .flags import Json, recipe_command, settings_command, words
 from .signature import Signature
@@ -35,6 +35,7 @@ EXTRA_OF = {
     "junitparser": "ci",
     "mlperf_loadgen": "loadgen",
     "fastapi": "serve",
+    "minisign": "sign",
     "grpc": "serve",
     "orjson": "serve",
     "prometheus_client": "serve",
@@ -164,7 +165,13 @@ def export(
 
 
 @app.command()
-def verify(bundle: BundleArg, as_json: Json = False) -> None:
+def verify(
+    bundle: BundleArg,
+    public_key: Annotated[
+        Path | None, typer.Option(help="Refuse a bundle that was not signed by this key; it is then left as it is.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Run every artifact that can run on this machine against the bundle's golden outputs.
 
     What was not run where it was built (engines without their GPU) is completed; a difference is exit 1. The quality of
@@ -177,9 +184,10 @@ def verify(bundle: BundleArg, as_json: Json = False) -> None:
     from .export import verify_bundle
 
     with locked(bundle):
-        opened = Bundle.open(bundle)
+        opened = Bundle.open(bundle, public_key=public_key)
         found = verify_bundle(opened)
-        opened.commit()
+        if public_key is None:
+            opened.commit()
     if as_json:
         screen.print_json([a.model_dump() for a in opened.manifest.artifacts])
     else:
@@ -275,6 +283,7 @@ def report(
 
 app.add_typer(cli_gate.app)
 app.add_typer(cli_serve.app)
+app.add_typer(cli_sign.app)
 app.add_typer(cli_lab.app)
 
 
@@ -320,12 +329,20 @@ def _global(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     allow_code: Annotated[
         list[str] | None,
-        typer.Option(metavar="MODULE", help="Let checkpoints (module.json) call factories of this Python module."),
+        typer.Option(
+            metavar="MODULE",
+            help="Let checkpoints (module.json) call factories of this Python module; pt2: open a bundle's programs.",
+        ),
     ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .pt and .bin files, by torch's restricted unpickler.")
+    ] = False,
 ) -> None:
     if allow_code:  # in the environment, so that the processes that measure see it
         sys.path.insert(0, os.getcwd())  # as theirs have it
         os.environ[ALLOW_CODE] = ",".join(filter(None, [os.environ.get(ALLOW_CODE, ""), *allow_code]))
+    if allow_pickle:
+        os.environ[ALLOW_PICKLE] = "1"
     if version:
         print(__version__)
         raise typer.Exit

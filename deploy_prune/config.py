@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,6 +17,18 @@ MIN_SAMPLES = 64
 DEMO_MODELS = ("demo", "digits-vit")  # what `demo` makes
 DEFAULT_KEEP = 0.5
 ALLOW_CODE = "DEPLOY_PRUNE_ALLOW_CODE"  # environment variable: modules that module.json may call into, by commas
+ALLOW_PICKLE = "DEPLOY_PRUNE_ALLOW_PICKLE"  # environment variable: read torch's own files, by its restricted unpickler
+PROGRAMS = "pt2"  # in ALLOW_CODE: also open a bundle's .pt2 files, which name what torch calls
+
+
+def allowed_code() -> list[str]:
+    """Return what the user lets run of what checkpoints and bundles name: Python modules, and perhaps `PROGRAMS`."""
+    return [name.strip() for name in os.environ.get(ALLOW_CODE, "").split(",") if name.strip()]
+
+
+def pickle_allowed() -> bool:
+    """Say whether the user lets torch's own files (.pt, .bin) be read."""
+    return os.environ.get(ALLOW_PICKLE, "") not in ("", "0")
 
 
 def _field(default: Any, description: str, **limits: Any) -> Any:
@@ -130,6 +143,7 @@ class ServeSettings(BaseModel):
     port: int = _field(8000, "Port of HTTP; 0 takes a free one.", ge=0, le=65535)
     grpc_port: int = _field(8001, "Port of gRPC; 0 takes a free one, -1 leaves it out.", ge=-1, le=65535)
     token_file: str | None = _field(None, "File whose first line clients must give as a bearer token.")
+    public_key: str | None = _field(None, "Serve only bundles that were signed by this key (minisign's format).")
     tls_cert: str | None = _field(None, "Certificate chain (PEM), for TLS.")
     tls_key: str | None = _field(None, "Private key (PEM) of the certificate.")
     batch_rows: int = _field(32, "Rows that go into one run at most.", ge=1)

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from .config import pickle_allowed
 from .errors import InputError
 from .npz import read_npz
 from .units import MaskSet, UnitGroup
@@ -64,6 +65,11 @@ def _read(path: Path) -> dict[str, Any]:
         if path.suffix == ".npz":
             return dict(read_npz(path))
         if path.suffix in (".pt", ".bin"):
+            if not pickle_allowed():
+                raise InputError(
+                    f"{path} is one of torch's own files, which are pickles.",
+                    hint="deploy-prune --allow-pickle reads it by torch's restricted unpickler; .npz needs none.",
+                )
             value = torch.load(path, map_location="cpu", weights_only=True)
             if isinstance(value, dict):
                 return {str(k): _rows(v) for k, v in value.items()}

@@ -21,7 +21,7 @@ FOLDERS = {
 
 # A room may import rooms of its own line and of the lines above it, never of a line below.
 LAYERS = [
-    "errors documents units progress moments image_settings",
+    "errors documents signing units progress moments image_settings",
     "latency_table images npz",
     "archs costs heads signature tasks bundle config masking modeling_sliced batches fidelity",
     "given_masks archives snippets",
@@ -38,7 +38,7 @@ LAYERS = [
     "late",
     "pipeline measuring",
     "probing experiments",
-    "api screen inspection doctor serve flags server cli_gate cli_lab cli_serve cli",
+    "api screen inspection doctor serve flags server cli_gate cli_lab cli_serve cli_sign cli",
 ]
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer.split()}
 # export and runtime_bench never import each other; only the probe compiles what it measures.
@@ -51,6 +51,7 @@ TORCH_FREE = [
     *("deploy_prune.runtimes", "deploy_prune.runtimes.base"),
     *("deploy_prune.runtimes.ort", "deploy_prune.serve", "deploy_prune.runtime_bench"),
     *("deploy_prune.images", "deploy_prune.image_settings", "deploy_prune.documents", "deploy_prune.npz"),
+    "deploy_prune.signing",
     *("deploy_prune.runtime_bench.stats", "deploy_prune.runtime_bench.gate", "deploy_prune.runtime_bench.report"),
 ]
 
