@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from . import __version__, cli_gate, cli_lab, cli_serve, cli_sign, screen
-from .bundle import VARIANTS, Bundle, Variant, disk_errors, locked, write_atomically
-from .config import ALLOW_CODE, ALLOW_PICKLE, BenchSettings, ExportSettings, Recipe
+from . import __version__, cli_export, cli_gate, cli_lab, cli_serve, cli_sign, screen
+from .bundle import Bundle, disk_errors, locked, write_atomically
+from .config import ALLOW_CODE, ALLOW_PICKLE, BenchSettings, Recipe
 from .errors import DeployPruneError, MissingExtraError, SystemStateError, VerdictError
-from .flags import Json, recipe_command, settings_command, words
+from .flags import BundleArg, Json, recipe_command, settings_command
 from .signature import Signature
 
 app = typer.Typer(
@@ -27,7 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-BundleArg = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.")]
 
 INTERRUPTED = 130
 EXTRA_OF = {
@@ -119,85 +118,7 @@ def slice_command(
     _finish(bundle, as_json)
 
 
-@app.command()
-@settings_command(ExportSettings, "export")
-def export(
-    bundle: BundleArg,
-    settings: ExportSettings,
-    variants: Annotated[str, typer.Option(help="Variants to export.")] = "dense,virtual,sliced",
-    data: Annotated[
-        bool, typer.Option(help="Read the task's data: static int8 and measured quality need them.")
-    ] = True,
-    as_json: Json = False,
-) -> None:
-    """Export a bundle's models; every file is compared with its model before it is kept.
-
-    [bold]Examples[/bold]
-
-      deploy-prune export bundles/demo --variants sliced
-
-      deploy-prune export bundles/demo --format onnx,openvino --precision fp32,fp16,int8
-    """
-    from .export import Options, evaluation_of, export_bundle
-
-    options, chosen = Options.of(settings), _variants(variants)
-    with locked(bundle):
-        opened = Bundle.open(bundle)
-        lower = any(p != "fp32" for p in settings.precisions)
-        with screen.Bars() as bars, bars.stage("export"):
-            made = export_bundle(
-                opened,
-                formats=settings.formats,
-                precisions=settings.precisions,
-                variants=chosen,
-                options=options,
-                evaluation=evaluation_of(opened) if data and lower else None,
-            )
-        _write_report(opened)
-    if as_json:
-        screen.print_json([a.model_dump() for a in made.artifacts])
-    else:
-        for artifact in made.artifacts:
-            screen.print_artifact(artifact)
-    for line in made.left_out():
-        screen.err.print(line, soft_wrap=True, highlight=False, markup=False)
-    made.check()
-
-
-@app.command()
-def verify(
-    bundle: BundleArg,
-    public_key: Annotated[
-        Path | None, typer.Option(help="Refuse a bundle that was not signed by this key; it is then left as it is.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Run every artifact that can run on this machine against the bundle's golden outputs.
-
-    What was not run where it was built (engines without their GPU) is completed; a difference is exit 1. The quality of
-    lower precisions is not measured again.
-
-    [bold]Example[/bold]
-
-      deploy-prune verify bundles/demo
-    """
-    from .export import verify_bundle
-
-    with locked(bundle):
-        opened = Bundle.open(bundle, public_key=public_key)
-        found = verify_bundle(opened)
-        if public_key is None:
-            opened.commit()
-    if as_json:
-        screen.print_json([a.model_dump() for a in opened.manifest.artifacts])
-    else:
-        for artifact in found.artifacts:
-            screen.print_artifact(artifact, quality=False)
-        for artifact, reason in found.unchecked:
-            screen.out.print(
-                f"{artifact.path}  not checked here: {reason}", highlight=False, soft_wrap=True, markup=False
-            )
-    found.check()
+app.add_typer(cli_export.app)
 
 
 @app.command()
@@ -224,13 +145,14 @@ def bench(
       deploy-prune bench a.onnx b.onnx --seq 128
     """
     from .runtime_bench.bench import bench_bundle, bench_paths
+    from .runtime_bench.report import store_report
 
     with screen.Bars() as bars, bars.stage("bench") as progress:
         if len(paths) == 1 and paths[0].suffix != ".onnx":
             with locked(paths[0]):
                 opened = Bundle.open(paths[0])
                 result = bench_bundle(opened, settings, progress)
-                _write_report(opened)
+                store_report(opened)
         else:
             result = bench_paths(paths, settings, progress)
     if out is not None:
@@ -263,12 +185,12 @@ def report(
 
       deploy-prune report bundles/demo --format md --out report.md
     """
-    from .runtime_bench.report import as_markdown, render_report
+    from .runtime_bench.report import as_markdown, render_report, store_report
 
     if out is None and form == "html":
         with locked(bundle):
             opened = Bundle.open(bundle)
-            _write_report(opened)
+            store_report(opened)
         screen.out.print(str(opened.path("report.html")), soft_wrap=True, highlight=False, markup=False)
         return
     opened = Bundle.open(bundle)
@@ -365,27 +287,10 @@ def _summary(bundle: Bundle) -> None:
     screen.print_summary(summary_rows(bundle), title, takes.part)
 
 
-def _write_report(bundle: Bundle) -> None:
-    from .runtime_bench.report import write_report
-
-    bundle.commit()
-    write_report(bundle)
-    bundle.commit()
-
-
 def _print_failures(failures: list[dict[str, Any]]) -> None:
     for f in failures:
         where, reason = f"{f['runtime']} {f['batch']}x{f['seq']} {f['model']}", f["reason"].splitlines()[0]
         screen.err.print(f"[yellow]not measured:[/] {where}: {escape(reason)}")
-
-
-def _variants(text: str) -> list[Variant]:
-    unknown = [word for word in words(text) if word not in VARIANTS]
-    if unknown:
-        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(VARIANTS)}", param_hint="--variants")
-    if not words(text):
-        raise typer.BadParameter("an empty list leaves nothing to do", param_hint="--variants")
-    return [v for v in VARIANTS if v in words(text)]
 
 
 def main() -> None:

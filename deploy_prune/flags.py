@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from .config import Recipe, load_recipe, load_settings
 
+BundleArg = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 ALIASES = {
     "formats": ("--formats", "--format"),

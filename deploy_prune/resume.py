@@ -89,7 +89,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any])
 def _read(path: Path) -> Kept | None:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["values"])
+            return {name: file.get_tensor(name) for name in file}, json.loads(file.metadata()["values"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
 

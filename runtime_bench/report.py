@@ -84,6 +84,13 @@ def write_report(bundle: Bundle) -> str:
     return REPORT
 
 
+def store_report(bundle: Bundle) -> None:
+    """Commit a bundle, write its report anew, and commit that."""
+    bundle.commit()
+    write_report(bundle)
+    bundle.commit()
+
+
 def render_report(bundle: Bundle) -> str:
     """Return the report as one self-contained HTML page."""
     environment = Environment(

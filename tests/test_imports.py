@@ -32,13 +32,13 @@ LAYERS = [
     "slicing channel_slicing surgery module_checkpoint checkpoint",
     "depth",
     "stages runtimes finetune distil recover resume",
-    "pruner channel_pruner",
+    "pruner channel_pruner serve",
     "export runtime_bench demo demo_text demo_digits",
     "variants golden evaluate resolving",
     "late",
     "pipeline measuring",
     "probing experiments",
-    "api screen inspection doctor serve flags server cli_gate cli_lab cli_serve cli_sign cli",
+    "api screen inspection doctor flags server cli_export cli_gate cli_lab cli_serve cli_sign cli",
 ]
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer.split()}
 # export and runtime_bench never import each other; only the probe compiles what it measures.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -56,10 +58,32 @@ def test_commands_in_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv(ALLOW_CODE, "")  # is set by a command, and taken back here
     monkeypatch.setattr(sys, "path", list(sys.path))
     for line in BASH:
-        if line.startswith("deploy-prune"):
+        if line.startswith("deploy-prune serve"):
+            assert_serves(line)
+        elif line.startswith("deploy-prune"):
             assert invoke(shlex.split(line)[1:]) == 0, line
         if line.startswith("deploy-prune probe"):
             linear_costs(folder / "lut.json")
+
+
+def assert_serves(line: str) -> None:
+    """Start a server, on free ports, ask it, and end it as an operator does."""
+    command = [sys.executable, "-m", "deploy_prune", *shlex.split(line)[1:], "--port", "0", "--grpc-port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        said = next(s for s in map(json.loads, process.stderr) if s["message"] == "ready")
+        name = Path(shlex.split(line)[2]).name
+        body = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a fine film"]}]}
+        url = f"http://127.0.0.1:{said['port']}/v2/models/{name}.answers/infer"
+        with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=30) as response:
+            assert json.loads(response.read())["model_name"] == f"{name}.answers"
+        process.terminate()
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize("line", [b for b in BASH if b.startswith("make export")])

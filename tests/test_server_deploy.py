@@ -90,11 +90,11 @@ def test_the_tokenizer_model_makes_what_the_edge_loader_makes(
 
 
 def test_kserve(bundle: Bundle, tmp_path: Path) -> None:
-    done = CliRunner().invoke(
-        app, ["deploy", str(bundle.root), "--format", "kserve", "--out", str(tmp_path / "m.yaml"), "--name", "My_Model"]
-    )
+    out = tmp_path / "m.yaml"
+    flags = ["--format", "kserve", "--out", str(out), "--name", "My_Model", "--storage", "s3://models/tiny"]
+    done = CliRunner().invoke(app, ["export", str(bundle.root), *flags])
     assert done.exit_code == 0, done.output
-    manifest = yaml.safe_load((tmp_path / "m.yaml").read_text())
+    manifest = yaml.safe_load(out.read_text())
     assert manifest["metadata"]["name"] == "my-model"
     (container,) = manifest["spec"]["predictor"]["containers"]
     assert container["args"][0] == "my-model=/mnt/models"
@@ -109,3 +109,26 @@ def test_what_is_not_exported_is_refused(bundle: Bundle, tmp_path: Path) -> None
     assert not (tmp_path / "r").exists()
     with pytest.raises(InputError, match="no name"):
         write_triton(bundle, tmp_path / "r", name="a/b")
+
+
+def test_the_command_exports_what_a_server_needs(tmp_path: Path) -> None:
+    made, _ = make_bundle(tmp_path / "tiny", kind="classification")
+    made.commit()
+    command = ["export", str(made.root), "--format", "triton", "--out", str(tmp_path / "repository")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert [a.variant for a in Bundle.open(made.root).manifest.artifacts] == ["sliced"]
+    assert (tmp_path / "repository" / "tiny" / "1" / "model.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--format", "triton"], "Say where triton goes"),
+        (["--format", "kserve", "--out", "x.yaml"], "where the cluster finds"),
+        (["--format", "triton,onnx", "--out", "x"], "written alone"),
+    ],
+)
+def test_what_a_server_lacks_is_said(bundle: Bundle, flags: list[str], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        CliRunner().invoke(app, ["export", str(bundle.root), *flags], catch_exceptions=False)

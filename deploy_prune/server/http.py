@@ -31,9 +31,13 @@ log = logging.getLogger("deploy_prune.server")
 HEADER_LENGTH = "inference-header-content-length"  # of the JSON before raw tensors
 EXTENSIONS = ["binary_tensor_data", "model_repository"]
 OPEN = ("/v2/health/live", "/v2/health/ready", "/")  # what needs no token
+PAGE_POLICY = (  # the page asks this server alone
+    "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+Asked = TypeVar("Asked", bound=BaseModel)
 Name = Annotated[str, Path(max_length=200)]
 Number = Annotated[str, Path(max_length=20)]
-Document = TypeVar("Document", bound=BaseModel)
 
 
 class Tensor(BaseModel):
@@ -114,7 +118,8 @@ def make_app(
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return Response(files(__package__).joinpath("page.html").read_bytes(), media_type="text/html; charset=utf-8")
+        html = files(__package__).joinpath("page.html").read_bytes()
+        return Response(html, headers={"content-security-policy": PAGE_POLICY}, media_type="text/html; charset=utf-8")
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
@@ -152,15 +157,11 @@ def make_app(
     async def version_ready(name: Name, version: Number) -> Response:
         return _ready(name, engine.ready(name, version))
 
-    schema = InferRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    body = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-    @app.post("/v2/models/{name}/infer", responses=failures, openapi_extra=body)
+    @app.post("/v2/models/{name}/infer", responses=failures, openapi_extra=body_of(InferRequest))
     async def infer(request: Request, name: Name) -> Response:
         return await run(request, name, None)
 
-    @app.post("/v2/models/{name}/versions/{version}/infer", responses=failures, openapi_extra=body)
+    @app.post("/v2/models/{name}/versions/{version}/infer", responses=failures, openapi_extra=body_of(InferRequest))
     async def infer_version(request: Request, name: Name, version: Number) -> Response:
         return await run(request, name, version)
 
@@ -174,12 +175,14 @@ def make_app(
     async def index() -> list[dict[str, str]]:
         return engine.index()
 
-    wanted = {"requestBody": {"content": {"application/json": {"schema": LoadRequest.model_json_schema()}}}}
-
-    @app.post("/v2/repository/models/{name}/load", responses=failures, openapi_extra=wanted)
+    @app.post(
+        "/v2/repository/models/{name}/load",
+        responses=failures,
+        openapi_extra=body_of(LoadRequest, required=False),
+    )
     async def load(request: Request, name: Name) -> dict[str, str]:
         async with bodies.read(request) as raw:
-            asked = parsed(LoadRequest, raw) if raw.strip() else LoadRequest()
+            asked = parse(LoadRequest, raw) if raw.strip() else LoadRequest()
         version = await engine.load(name, asked.parameters)
         return {"name": name, "version": str(version.number)}
 
@@ -248,10 +251,24 @@ class Bodies:
             self.held -= size
 
 
-def parsed(kind: type[Document], raw: bytes) -> Document:
-    """Read a JSON document of the protocol. Raises InputError."""
+def body_of(model: type[BaseModel], required: bool = True) -> dict[str, Any]:
+    """Return what OpenAPI says of a body that clients send under any content type."""
+    schema = model.model_json_schema(ref_template="{model}")
+    kinds = schema.pop("$defs", {})
+
+    def whole(part: Any) -> Any:  # OpenAPI would look for the definitions elsewhere
+        if isinstance(part, dict):
+            return whole(kinds[part["$ref"]]) if "$ref" in part else {k: whole(v) for k, v in part.items()}
+        return [whole(x) for x in part] if isinstance(part, list) else part
+
+    schema = whole(schema)
+    return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}
+
+
+def parse(model: type[Asked], raw: bytes) -> Asked:
+    """Return a body of JSON. Raises InputError."""
     try:
-        return kind.model_validate(orjson.loads(raw))
+        return model.model_validate(orjson.loads(raw))
     except ValueError as error:  # pydantic's is one
         raise InputError(f"The request is not one of the protocol: {_first_line(error)}") from error
 
@@ -262,7 +279,7 @@ def decode(raw: bytes, headers: Mapping[str, str], most_elements: int) -> tuple[
     if given is not None and (not re.fullmatch("[0-9]{1,18}", given) or int(given) > len(raw)):
         raise InputError(f"{HEADER_LENGTH} {given!r:.40} does not fit a body of {len(raw)} bytes.")
     at = len(raw) if given is None else int(given)
-    asked = parsed(InferRequest, raw[:at])
+    asked = parse(InferRequest, raw[:at])
     feeds: Arrays = {}
     rest = memoryview(raw)
     for tensor in asked.inputs:

@@ -1,0 +1,421 @@
+"""Load on the server: throughput, latency, processor time against the bare runtime, mlserver beside it, soak, kills.
+
+L=recipes/serving/load.py
+python $L load shapes/bert-base/0.5 load.jsonl                # dense and sliced, 1, 4, 16 and 64 clients
+python $L load shapes/bert-base/0.5 load.jsonl --mlserver mls/bin/mlserver    # mlserver, with the same file
+python $L soak shapes/bert-base/0.5 soak.jsonl --minutes 10
+python $L disturb shapes/bert-base/0.5 shapes/bert-base/0.7 --requests 10000  # a reload and a kill in the middle
+python $L table load.jsonl
+python $L edge shapes/bert-base/0.5 --precision int8          # the loader on two threads with 512 MB of memory
+The environment mls has `pip install mlserver onnxruntime`. Servers compute on one thread; the clients are this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import psutil
+import typer
+from tritonclient.grpc import aio as grpc_aio
+from tritonclient.utils import InferenceServerException
+
+from deploy_prune.bundle import Bundle
+from deploy_prune.runtimes.base import find_artifact
+from deploy_prune.serve import load as open_bundle
+
+app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
+START_SECONDS = 120.0
+FLOOR_ROWS = (1, 2, 4, 8, 16, 32)
+RETRY_SECONDS = 0.2
+MLSERVER_MODEL = """
+import onnxruntime as ort
+from mlserver import MLModel
+from mlserver.codecs import NumpyCodec
+from mlserver.types import InferenceResponse
+
+
+class Onnx(MLModel):
+    async def load(self):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = ort.InferenceSession(self.settings.parameters.uri, options, providers=["CPUExecutionProvider"])
+        self.names = [o.name for o in self.session.get_outputs()]
+        return True
+
+    async def predict(self, payload):
+        feeds = {i.name: NumpyCodec.decode_input(i) for i in payload.inputs}
+        found = self.session.run(self.names, feeds)
+        outputs = [NumpyCodec.encode_output(n, a) for n, a in zip(self.names, found)]
+        return InferenceResponse(model_name=self.name, outputs=outputs)
+"""
+
+
+@dataclass
+class Running:
+    """Hold a server that runs in a process of its own."""
+
+    process: subprocess.Popen[str]
+    port: int
+    grpc_port: int
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time of the server, its workers included."""
+        parent = psutil.Process(self.process.pid)
+        times = [p.cpu_times() for p in (parent, *parent.children(recursive=True))]
+        return sum(t.user + t.system for t in times)
+
+    def resident_bytes(self) -> int:
+        """Return the memory that the server holds."""
+        return int(psutil.Process(self.process.pid).memory_info().rss)
+
+    def counts(self) -> tuple[float, float]:
+        """Return how many runs there were, and how many rows went into them."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=30) as response:
+            lines = response.read().decode().splitlines()
+        sums = {
+            word: sum(float(x.split()[-1]) for x in lines if x.startswith(f"deploy_prune_run_rows_{word}{{"))
+            for word in ("count", "sum")
+        }
+        return sums["count"], sums["sum"]
+
+
+@contextmanager
+def served(source: Path, *flags: str) -> Iterator[Running]:
+    """Start `deploy-prune serve` on free ports; its model is called m."""
+    command = [sys.executable, "-m", "deploy_prune", "serve", f"m={source}", "--threads", "1", *flags]
+    process = subprocess.Popen([*command, "--port", "0", "--grpc-port", "0"], stderr=subprocess.PIPE, text=True)
+    try:
+        yield _ready(process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+
+
+def _ready(process: subprocess.Popen[str]) -> Running:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("{") and (said := json.loads(line))["message"] == "ready":
+            return Running(process, said["port"], said["grpc_port"])
+    raise SystemExit(f"The server ended with code {process.wait()}.")
+
+
+@contextmanager
+def mlserver(program: Path, onnx: Path, batch_rows: int) -> Iterator[Running]:
+    """Start mlserver on an ONNX file, with its own gathering of requests, in one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        ports = {"http_port": 18080, "grpc_port": 18081, "metrics_port": 18082}
+        (Path(folder) / "onnx_model.py").write_text(MLSERVER_MODEL)
+        (Path(folder) / "settings.json").write_text(json.dumps({"parallel_workers": 0, "host": "127.0.0.1", **ports}))
+        batching = {"max_batch_size": batch_rows, "max_batch_time": 0.001}
+        model = {"name": "m", "implementation": "onnx_model.Onnx", "parameters": {"uri": str(onnx.resolve())}}
+        (Path(folder) / "model-settings.json").write_text(json.dumps(model | batching))
+        process = subprocess.Popen([program.resolve(), "start", "."], cwd=folder, stderr=subprocess.DEVNULL, text=True)
+        try:
+            until = time.monotonic() + START_SECONDS
+            while not _answers(f"http://127.0.0.1:{ports['http_port']}/v2/models/m/ready"):
+                if time.monotonic() > until or process.poll() is not None:
+                    raise SystemExit("mlserver did not become ready.")
+                time.sleep(0.2)
+            yield Running(process, ports["http_port"], ports["grpc_port"])
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+@dataclass
+class Tally:
+    """Count what the clients saw."""
+
+    seconds: list[float] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+    wrong: int = 0
+    versions: Counter[str] = field(default_factory=Counter)
+
+
+def requests_of(feeds: dict[str, np.ndarray]) -> list[Any]:
+    """Return a request's inputs as tritonclient sends them."""
+    from tritonclient.grpc import InferInput
+    from tritonclient.utils import np_to_triton_dtype
+
+    inputs = []
+    for name, array in feeds.items():
+        tensor = InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+        tensor.set_data_from_numpy(array)
+        inputs.append(tensor)
+    return inputs
+
+
+async def clients_at(server: Running, clients: int, feeds: dict[str, np.ndarray], seconds: float) -> Tally:
+    """Let clients ask one request after the other for a time."""
+    tally, until = Tally(), time.monotonic() + seconds
+    inputs = requests_of(feeds)
+
+    async def one() -> None:
+        async with grpc_aio.InferenceServerClient(f"127.0.0.1:{server.grpc_port}") as client:
+            while time.monotonic() < until:
+                begun = time.perf_counter()
+                try:
+                    await client.infer("m", inputs)
+                    tally.seconds.append(time.perf_counter() - begun)
+                except InferenceServerException as error:
+                    tally.errors[str(error.status())] += 1
+
+    await asyncio.gather(*[one() for _ in range(clients)])
+    return tally
+
+
+def feeds_of(bundle: Path, rows: int, tokens: int) -> dict[str, np.ndarray]:
+    """Return inputs of a bundle's model, the golden ones cut or repeated to the size; an image's have no tokens."""
+    inputs = Bundle.open(bundle).golden()[0].inputs
+    return {
+        name: np.resize(array, (rows, tokens) if array.ndim == 2 else (rows, *array.shape[1:]))
+        for name, array in inputs.items()
+    }
+
+
+def floor_of(bundle: Path, variant: str, precision: str, tokens: int, seconds: float = 1.0) -> dict[int, float]:
+    """Return the processor seconds of one run of the bare runtime by its rows, median of several."""
+    found = {}
+    with open_bundle(bundle, variant=variant, precision=precision, threads=1) as predictor:  # type: ignore[arg-type]
+        for rows in FLOOR_ROWS:
+            feeds, times = feeds_of(bundle, rows, tokens), []
+            predictor.infer(feeds)
+            until = time.monotonic() + seconds
+            while len(times) < 5 or time.monotonic() < until:
+                begun = time.process_time()
+                predictor.infer(feeds)
+                times.append(time.process_time() - begun)
+            found[rows] = float(np.median(times))
+    return found
+
+
+@app.command()
+def load(
+    bundle: Path,
+    out: Path,
+    clients: Annotated[str, typer.Option(help="Numbers of clients.")] = "1,4,16,64",
+    variants: str = "dense,sliced",
+    precision: str = "fp32",
+    tokens: int = 128,
+    seconds: float = 15.0,
+    batch_rows: int = 8,
+    mlserver_program: Annotated[Path | None, typer.Option("--mlserver", help="Its program, to measure it.")] = None,
+) -> None:
+    """Append a line of JSON per server, variant and number of clients."""
+    feeds = feeds_of(bundle, 1, tokens)
+    for variant in variants.split(","):
+        floor = floor_of(bundle, variant, precision, tokens)
+        if mlserver_program is None:
+            flags = ("--variant", variant, "--precision", precision, "--batch-rows", str(batch_rows))
+            making: Any = served(bundle, *flags)
+        else:
+            opened = Bundle.open(bundle)
+            artifact = find_artifact(opened, variant, "onnx", precision)  # type: ignore[arg-type]
+            making = mlserver(mlserver_program, opened.path(artifact.path), batch_rows)
+        with making as server:
+            asyncio.run(clients_at(server, 2, feeds, 2.0))  # warm
+            for count in map(int, clients.split(",")):
+                ours = mlserver_program is None
+                before, own, runs = server.cpu_seconds(), time.process_time(), server.counts() if ours else (0.0, 0.0)
+                begun = time.monotonic()
+                tally = asyncio.run(clients_at(server, count, feeds, seconds))
+                wall = time.monotonic() - begun
+                answered = len(tally.seconds)
+                after = server.counts() if ours else (0.0, 0.0)
+                rows = (after[1] - runs[1]) / max(after[0] - runs[0], 1) if ours else None
+                entry = {
+                    "server": "deploy-prune" if ours else "mlserver",
+                    "variant": variant,
+                    "precision": precision,
+                    "tokens": tokens,
+                    "clients": count,
+                    "answered": answered,
+                    "errors": dict(tally.errors),
+                    "per_second": answered / wall,
+                    "p50_ms": 1e3 * float(np.percentile(tally.seconds, 50)),
+                    "p99_ms": 1e3 * float(np.percentile(tally.seconds, 99)),
+                    "rows_per_run": rows,
+                    "server_cpu_ms": 1e3 * (server.cpu_seconds() - before) / answered,
+                    "client_cpu_ms": 1e3 * (time.process_time() - own) / answered,
+                    "floor_cpu_ms": 1e3 * per_row(floor, rows or 1.0),
+                    "load_average": psutil.getloadavg()[0],
+                }
+                append(out, entry)
+
+
+def per_row(floor: dict[int, float], rows: float) -> float:
+    """Return the bare runtime's processor seconds for one row, in runs of so many rows."""
+    return float(np.interp(rows, list(floor), list(floor.values()))) / rows
+
+
+@app.command()
+def soak(bundle: Path, out: Path, minutes: float = 10.0, clients: int = 4, tokens: int = 128) -> None:
+    """Ask without a pause; append the memory that the server holds, twenty times."""
+    feeds = feeds_of(bundle, 1, tokens)
+    with served(bundle) as server:
+        asyncio.run(clients_at(server, clients, feeds, 2.0))
+        for _ in range(20):
+            tally = asyncio.run(clients_at(server, clients, feeds, 60 * minutes / 20))
+            entry = {"answered": len(tally.seconds), "errors": dict(tally.errors), "bytes": server.resident_bytes()}
+            append(out, entry)
+
+
+@app.command()
+def disturb(first: Path, second: Path, requests: int = 10_000, clients: int = 8, tokens: int = 16) -> None:
+    """Ask many times while a second version is loaded and, later, the server is killed and started anew.
+
+    Every answer is compared with that of the version that gave it; exit 1 where one is wrong or was lost unsaid.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "m"
+        shutil.copytree(first, root / "1")
+        feeds = feeds_of(first, 1, tokens)
+        wanted = {}
+        for number, bundle in (("1", first), ("2", second)):
+            with open_bundle(bundle, threads=1) as predictor:
+                wanted[number] = predictor.infer(feeds)
+        tally = asyncio.run(_disturbed(root, second, feeds, wanted, requests, clients))
+    said = {"answered": len(tally.seconds), "by_version": dict(tally.versions), "wrong": tally.wrong}
+    print(json.dumps(said | {"errors": dict(tally.errors)}))
+    if tally.wrong or len(tally.seconds) + sum(tally.errors.values()) != requests or set(tally.versions) != set(wanted):
+        raise SystemExit(1)
+
+
+async def _disturbed(
+    root: Path,
+    second: Path,
+    feeds: dict[str, np.ndarray],
+    wanted: dict[str, dict[str, np.ndarray]],
+    requests: int,
+    clients: int,
+) -> Tally:
+    tally, inputs = Tally(), requests_of(feeds)
+    begun = 0
+    making = served(root)
+    server = making.__enter__()
+    where = f"127.0.0.1:{server.grpc_port}"
+
+    async def one() -> None:
+        nonlocal begun
+        client = grpc_aio.InferenceServerClient(where)
+        while begun < requests:
+            begun += 1
+            started = time.perf_counter()
+            try:
+                found = await client.infer("m", inputs, client_timeout=30)
+            except InferenceServerException as error:
+                tally.errors[str(error.status())] += 1
+                await client.close()
+                await asyncio.sleep(RETRY_SECONDS)
+                client = grpc_aio.InferenceServerClient(where)
+                continue
+            version = found.get_response().model_version
+            tally.versions[version] += 1
+            right = all(np.allclose(found.as_numpy(n), a, atol=1e-4) for n, a in wanted[version].items())
+            tally.wrong += not right
+            tally.seconds.append(time.perf_counter() - started)
+        await client.close()
+
+    async def trouble() -> None:
+        nonlocal server, making, where
+        while begun < requests // 3:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(shutil.copytree, second, root / "2")
+        url = f"http://127.0.0.1:{server.port}/v2/repository/models/m/load"
+        await asyncio.to_thread(urllib.request.urlopen, urllib.request.Request(url, b"{}"))
+        while begun < 2 * requests // 3:
+            await asyncio.sleep(0.01)
+        server.process.kill()
+        server.process.communicate()
+        making = served(root)
+        server = await asyncio.to_thread(making.__enter__)
+        where = f"127.0.0.1:{server.grpc_port}"
+
+    try:
+        await asyncio.gather(trouble(), *[one() for _ in range(clients)])
+    finally:
+        making.__exit__(None, None, None)
+    return tally
+
+
+EDGE = """
+import json, resource, sys, time
+limit = int(sys.argv[1]) << 20
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+import numpy as np
+from deploy_prune.serve import load
+root, variant, precision, feeds = sys.argv[2], sys.argv[3], sys.argv[4], dict(np.load(sys.argv[5]))
+with load(root, variant=variant, precision=precision, threads=2) as predictor:
+    times = []
+    for _ in range(20):
+        begun = time.perf_counter()
+        predictor.infer(feeds)
+        times.append(1e3 * (time.perf_counter() - begun))
+(line,) = [x for x in open("/proc/self/status") if x.startswith("VmHWM")]  # getrusage counts what forked this process
+peak = int(line.split()[1]) / 1024
+print(json.dumps({"peak_mib": round(peak, 1), "median_ms": sorted(times)[10], "modules": len(sys.modules)}))
+"""
+
+
+@app.command()
+def edge(
+    bundle: Path, variant: str = "sliced", precision: str = "fp32", rows: int = 1, tokens: int = 128, mib: int = 512
+) -> None:
+    """Run the loader in a process that may hold so many MiB; exit 1 where it does not fit."""
+    with tempfile.TemporaryDirectory() as folder:
+        feeds = Path(folder) / "feeds.npz"
+        np.savez(feeds, **feeds_of(bundle, rows, tokens))
+        command = [sys.executable, "-c", EDGE, str(mib), str(bundle), variant, precision, str(feeds)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(done.stdout or f"It does not fit into {mib} MiB: {done.stderr.strip().splitlines()[-1]}", end="")
+    if done.returncode or json.loads(done.stdout)["peak_mib"] > mib:
+        raise SystemExit(1)
+
+
+@app.command()
+def table(path: Path) -> None:
+    """Print the lines of `load` as Markdown."""
+    heads = "server | model | clients | requests/s | p50 ms | p99 ms | rows a run | CPU ms | bare CPU ms | more"
+    print(f"| {heads} |\n|{'---|' * len(heads.split(' | '))}")
+    for e in map(json.loads, path.read_text().splitlines()):
+        rows = "-" if e["rows_per_run"] is None else f"{e['rows_per_run']:.1f}"
+        more = f"{100 * (e['server_cpu_ms'] / e['floor_cpu_ms'] - 1):+.1f} %"
+        print(
+            f"| {e['server']} | {e['variant']} {e['precision']} | {e['clients']} | {e['per_second']:.1f} "
+            f"| {e['p50_ms']:.1f} | {e['p99_ms']:.1f} | {rows} | {e['server_cpu_ms']:.2f} | {e['floor_cpu_ms']:.2f} "
+            f"| {more} |"
+        )
+
+
+def append(path: Path, entry: dict[str, Any]) -> None:
+    """Append a line of JSON, and print it."""
+    print(json.dumps(entry))
+    with path.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+if __name__ == "__main__":
+    app()
