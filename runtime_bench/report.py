@@ -119,7 +119,7 @@ def render_report(bundle: Bundle) -> str:
         rows=rows,
         lines=_lines(rows, _signature(bundle)),
         figures={name: Markup(figures.as_html(figure, name)) for name, figure in drawn.items()},  # nosec B704
-        plotly=Markup(figures.script()) if drawn else "",  # nosec B704  (plotly escapes what it is given)
+        plotly=Markup(figures.script()) if drawn else "",  # nosec B704
         stages=[stage.model_dump() for stage in bundle.manifest.stages],
         machine=bench["machine"],
         cells=cells,
