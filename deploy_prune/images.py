@@ -6,8 +6,8 @@ It computes what the image processors of transformers compute on the CPU with Pi
 from __future__ import annotations
 
 import io
-import os
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -32,6 +32,7 @@ from servers_tiny import running
 
 from deploy_prune.config import ServeSettings
 from deploy_prune.errors import InputError
+from deploy_prune.server import rpc
 from deploy_prune.server.connections import TimedProtocol, is_loopback
 from deploy_prune.server.errors import BusyError
 from deploy_prune.server.http import Bodies, foreign
@@ -158,8 +159,13 @@ def test_answers_that_nobody_takes_are_dropped(server: Server) -> None:
 
 def test_every_body_is_bounded(server: Server) -> None:
     for path in (PATH, "/v2/repository/models/m/load"):
-        status, said = ask(server, path, b" " * (1 << 20 | 1))
-        assert (status, "at most 1,048,576" in said["error"]) == (413, True)
+        with connect(server) as connection:  # told before it is sent
+            connection.sendall(f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1048577\r\n\r\n".encode())
+            answer = b""
+            while b"at most 1,048,576" not in answer and (more := connection.recv(1 << 16)):
+                answer += more
+        assert answer.startswith(b"HTTP/1.1 413")
+        assert b"at most 1,048,576" in answer
     with connect(server) as connection:  # chunks name no length
         connection.sendall(f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n".encode())
         chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
@@ -259,6 +265,19 @@ def test_grpc_garbage_is_refused(server: Server) -> None:
             call(b"\0" * (1 << 21), timeout=10)
         assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert ask(server)[0] == 200
+
+
+def test_grpc_connections_that_say_nothing_are_cut_off(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "HANDSHAKE_MS", 500)
+    with running({"m": root}) as server:
+        address = ("127.0.0.1", server.grpc_port)
+        with socket.create_connection(address, timeout=20) as silent, socket.create_connection(address, 20) as half:
+            half.sendall(b"PRI * HTTP/2.0\r\n")
+            assert closed_after(silent) < 10
+            assert closed_after(half) < 10
+        with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+            call = channel.unary_unary("/inference.GRPCInferenceService/ServerLive", lambda x: x, lambda x: x)
+            assert call(b"", timeout=10) == b"\x08\x01"
 
 
 def test_the_servers_own_faults_show_nothing_of_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ CONTENTS = {
     BYTES: "bytes_contents",
 }
 OPEN = ("/ServerLive", "/ServerReady")  # what needs no token
+HANDSHAKE_MS = 10_000  # until a connection speaks HTTP/2, TLS included
 PING_MS = 60_000  # a client that answers none is gone
 AGE_MS = 600_000  # of a connection: one that never ends its request is cut off, all others go on in a new one
 
@@ -157,6 +158,7 @@ async def start(
         ("grpc.max_receive_message_length", most_bytes),
         ("grpc.max_send_message_length", most_bytes),
         ("grpc.max_metadata_size", MOST_HEADER_BYTES),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         ("grpc.keepalive_time_ms", PING_MS),
         ("grpc.keepalive_timeout_ms", PING_MS),
         ("grpc.max_connection_age_ms", AGE_MS),

@@ -1,8 +1,8 @@
 """Fuzz one target under the guidance of its coverage: python -m fuzz.campaign TARGET [--runs N] [libFuzzer's flags].
 
 A crash, an input that takes five seconds of the processor, a hang of two minutes, or more than 2 GB of memory is a
-finding: its input is left in the current folder, and the exit code is not 0. The corpus in the repository is read, never
-written. Needs atheris.
+finding: its input is left in the current folder, and the exit code is not 0. The corpus in the repository is read,
+never written. Needs atheris.
 """
 
 from __future__ import annotations
