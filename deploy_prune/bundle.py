@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from .documents import one_line, parse_json, read_json, read_text
 from .errors import BundleError, InputError, SystemStateError
@@ -70,6 +71,19 @@ class Artifact(_Model):
     engine: dict[str, Any] | None = None  # builder, versions, profile and GPUs of an engine
     reproduce: list[str] = Field(default_factory=list)  # command lines that build it again from `source`
 
+    @field_validator("quality")
+    @classmethod
+    def _quality_is_whole(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        to_fp32 = value.get("to_fp32")
+        if not isinstance(to_fp32, dict) or "metric" not in value:
+            raise ValueError("needs metric and to_fp32")
+        for number in (value.get("value"), value.get("fp32"), to_fp32.get("agreement")):
+            if number is not None and (type(number) not in (int, float) or abs(number) > sys.float_info.max):
+                raise ValueError("holds what is no number")
+        return value
+
     @property
     def label(self) -> str:
         """Say what sort of file it is: onnx opset23 int8 qdq."""
@@ -82,7 +96,9 @@ class Artifact(_Model):
             return ""
         parts, metric = [], self.quality["metric"]
         if metric is not None:
-            parts.append(f"{metric} {self.quality['value']:.4f} (fp32 {self.quality['fp32']:.4f})")
+            found = [self.quality.get(name) for name in ("value", "fp32")]
+            value, fp32 = (math.nan if n is None else n for n in found)  # as JSON has it
+            parts.append(f"{metric} {value:.4f} (fp32 {fp32:.4f})")
         if (agreement := self.quality["to_fp32"].get("agreement")) is not None:
             parts.append(f"agreement with fp32 {agreement:.4f}")
         return ", ".join(parts)
