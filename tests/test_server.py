@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -230,8 +231,7 @@ def test_requests_share_runs_and_get_their_own_answers(bundles: dict[str, Path])
             thread.start()
         for thread in threads:
             thread.join()
-        with urllib.request.urlopen(url(server, "/metrics")) as response:
-            metrics = response.read().decode()
+        metrics = metrics_of(server)
     for number, array in enumerate(wanted):
         assert found[number].shape == array.shape
         assert np.abs(found[number] - array).max() <= 1e-5
@@ -256,6 +256,39 @@ def test_a_full_queue_is_said(bundles: dict[str, Path]) -> None:
             thread.join()
     assert set(codes) <= {200, 503}
     assert 200 in codes
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_what_waits_is_answered_before_the_end(bundles: dict[str, Path], protocol: str) -> None:
+    given = feeds()
+    answers: list[Any] = []
+    with running({"m": bundles["classification"]}, serving=Serving(threads=1, wait=1.0)) as server:
+
+        def one() -> None:
+            if protocol == "grpc":
+                client: Any = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+                answers.append(ask(client, triton_grpc, "m", given).as_numpy("logits"))
+                client.close()
+            else:
+                answers.append(post(server, "/v2/models/m/infer", changed("input_ids"))[1]["outputs"][0]["data"])
+
+        thread = threading.Thread(target=one)
+        thread.start()
+        until = time.monotonic() + 10
+        while not waiting(server):
+            assert time.monotonic() < until
+    thread.join(30)  # the server has been stopped by now
+    assert np.allclose(np.ravel(answers[0]), np.ravel(expected(bundles["classification"], given)["logits"]), atol=1e-5)
+
+
+def metrics_of(server: Server) -> str:
+    with urllib.request.urlopen(url(server, "/metrics")) as response:
+        return str(response.read().decode())
+
+
+def waiting(server: Server) -> bool:
+    lines = metrics_of(server).splitlines()
+    return any(x.startswith("deploy_prune_waiting_rows{") and float(x.split()[-1]) > 0 for x in lines)
 
 
 def test_a_newer_version_takes_over_and_goes_back(bundles: dict[str, Path], tmp_path: Path) -> None:

@@ -112,18 +112,15 @@ class Batcher:
             if not batch:
                 continue
             started = time.perf_counter()
-            try:
-                outputs = await loop.run_in_executor(self._thread, self._together, batch)
-            except Exception as error:  # the model's own: each request of the batch hears of it
-                for request in batch:
-                    if not request.done.done():
-                        request.done.set_exception(error)
-                continue
-            finally:
-                self.on_run(sum(r.rows for r in batch), time.perf_counter() - started)
-            for request, own in zip(batch, outputs, strict=True):
-                if not request.done.done():
-                    request.done.set_result(own)
+            answers = await loop.run_in_executor(self._thread, self._answers, batch)
+            self.on_run(sum(r.rows for r in batch), time.perf_counter() - started)
+            for request, answer in zip(batch, answers, strict=True):
+                if request.done.done():
+                    continue
+                if isinstance(answer, Exception):
+                    request.done.set_exception(answer)
+                else:
+                    request.done.set_result(answer)
 
     async def _company(self) -> None:
         """Wait until the first request has waited long enough, or a whole batch is there."""
@@ -158,6 +155,15 @@ class Batcher:
         longest = max(r.shape[0] for r in (*batch, request))
         real = sum(r.rows * r.shape[0] for r in (*batch, request))
         return rows * longest <= (1 + WASTE) * real
+
+    def _answers(self, batch: Sequence[Request]) -> list[Arrays | Exception]:
+        """Run a batch; where that fails, each request alone, so that one does not spoil the others."""
+        try:
+            return [*self._together(batch)]
+        except Exception as error:
+            if len(batch) == 1:
+                return [error]
+        return [answer for request in batch for answer in self._answers([request])]
 
     def _together(self, batch: Sequence[Request]) -> list[Arrays]:
         """Run a batch and return each request's outputs."""

@@ -151,9 +151,9 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
 
 async def start(
-    engine: Engine, address: str, *, token: str | None, most_bytes: int, most_calls: int = 512, credentials: Any = None
+    engine: Engine, address: str, *, token: str | None, most_bytes: int, most_calls: int, credentials: Any = None
 ) -> tuple[Any, int]:
-    """Start the gRPC server on an address; return it and its port."""
+    """Start the gRPC server on an address; return it and its port. Calls beyond `most_calls` at once are refused."""
     options = [
         ("grpc.max_receive_message_length", most_bytes),
         ("grpc.max_send_message_length", most_bytes),
