@@ -16,12 +16,16 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(
-    include=["deploy_prune", "zipfile", "json", "tomllib", "csv", "numpy.lib.format", "numpy.lib._format_impl"]
+    include=["deploy_prune", "PIL", "zipfile", "json", "tomllib", "csv", "numpy.lib.format", "numpy.lib._format_impl"]
 ):
+    import PIL.Image
+
     import deploy_prune.server.rpc
     import deploy_prune.units  # noqa: F401
     from fuzz import targets
     from fuzz.mutation import mutate
+
+    PIL.Image.init()  # imports the readers of formats
 
 CORPUS = Path(__file__).with_name("corpus")
 MOST_SECONDS = 5.0  # of the processor: on a busy machine the clock says nothing
