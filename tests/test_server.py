@@ -23,6 +23,7 @@ import tritonclient.http as triton_http
 from servers_tiny import running
 from tritonclient.utils import InferenceServerException
 
+from deploy_prune.bundle import Bundle
 from deploy_prune.export import export_bundle
 from deploy_prune.serve import load
 from deploy_prune.server.models import Serving
@@ -38,7 +39,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
     for head in HEADS:
         bundle, models = make_bundle(tmp_path_factory.mktemp("served") / head, kind=head)
-        export_bundle(bundle, variants=("dense", "sliced"), models=models).check()
+        export_bundle(bundle, formats=["onnx"], variants=("dense", "sliced"), models=models).check()
         bundle.commit()
         made[head] = bundle.root
     return made
@@ -313,6 +314,32 @@ def test_a_newer_version_takes_over_and_goes_back(bundles: dict[str, Path], tmp_
         assert not client.is_model_ready("m")
         assert not client.is_server_ready()
         client.close()
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["folder", "in place"])
+def test_polling_takes_up_what_is_new(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single: bool
+) -> None:
+    monkeypatch.setattr("deploy_prune.server.run.POLL", 0.1)
+    root = tmp_path / "models"
+    shutil.copytree(bundles["classification"], root if single else root / "1")
+    with running({"m": root}, poll=True) as server:
+        assert post(server, "/v2/models/m/infer", changed("input_ids"))[1]["model_version"] == "1"
+        if single:
+            replaced = Bundle.open(root)
+            replaced.manifest.task["labels"] = ["bad", "good"]
+            replaced.commit()
+        else:
+            shutil.copytree(bundles["classification"], tmp_path / "new")
+            (tmp_path / "new").rename(root / "2")
+        until = time.monotonic() + 30
+        while post(server, "/v2/models/m/infer", changed("input_ids"))[1]["model_version"] != "2":
+            assert time.monotonic() < until
+        load_one = {"parameters": {"version": "1"}}
+        status, said = post(server, "/v2/repository/models/m/load", load_one)
+        assert (status, said.get("version")) == (200, "1")
+        time.sleep(0.5)  # several looks: what was gone back from is not new
+        assert post(server, "/v2/models/m/infer", changed("input_ids"))[1]["model_version"] == "1"
 
 
 def test_reloads_lose_no_request(bundles: dict[str, Path], tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def make_app(
     `loopback` says that it is reached from this machine alone: requests by another name are then refused.
     """
     app = FastAPI(title="deploy_prune", version=__version__, docs_url=None, redoc_url=None, strict_content_type=False)
-    failures = {400: {}, 401: {}, 403: {}, 404: {}, 413: {}, 503: {}, 504: {}}
+    failures: dict[int | str, dict[str, Any]] = {400: {}, 401: {}, 403: {}, 404: {}, 413: {}, 503: {}, 504: {}}
     bodies = Bodies(most_bytes, body_seconds)
 
     @app.middleware("http")

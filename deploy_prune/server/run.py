@@ -144,7 +144,7 @@ class Server:
             server_header=False,
         )
         server = uvicorn.Server(config)
-        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined,method-assign]
+        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         return server
 
     def _socket(self, config: uvicorn.Config) -> Any:

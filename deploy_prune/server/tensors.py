@@ -56,7 +56,7 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: Any) -> np
         if given.dtype.kind not in "biuf":
             raise ValueError(f"{given.dtype} values")
         with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is found below, or is Inf
-            array = given.astype(DTYPES[datatype]).reshape(shape)
+            array: np.ndarray = given.astype(DTYPES[datatype]).reshape(shape)
         if array.dtype.kind != "f" and not np.array_equal(array, given.reshape(shape)):
             raise ValueError(f"values that are no {datatype}")
     except (ValueError, TypeError, OverflowError) as error:
@@ -129,7 +129,8 @@ def _flat(name: str, data: Any, count: int) -> list[bytes]:
 
 
 def _split(name: str, raw: bytes, count: int) -> list[bytes]:
-    found, at = [], 0
+    found: list[bytes] = []
+    at = 0
     while at < len(raw):
         if at + 4 > len(raw):
             raise InputError(f"Input {name} ends inside a text's length.")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -13,15 +14,15 @@ FEATURES = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_
 class TritonPythonModel:
     """Turn TEXT into the token ids that the model behind it takes."""
 
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         folder = os.path.join(args["model_repository"], args["model_version"])
         self.tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
         self.names = [output["name"] for output in json.loads(args["model_config"])["output"]]
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[Any]:
         return [self.answer(request) for request in requests]
 
-    def answer(self, request):
+    def answer(self, request: Any) -> Any:
         texts = pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy()
         try:
             rows = [tuple(text.decode("utf-8") for text in row) for row in texts.reshape(len(texts), -1)]
