@@ -1,7 +1,7 @@
 # One command each, on a machine with Python >= 3.11 and make. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup export regress test check test-transformers4 bench-prune clean
+.PHONY: help setup export regress test check audit fuzz test-transformers4 bench-prune clean
 
 PYTHON ?= python3
 # The CPU and the CUDA runtimes overwrite each other, so each flavour has an environment of its own.
@@ -53,11 +53,20 @@ regress: $(READY) ## Check NEW against BASE in this job: latency, and what FLAGS
 test: $(READY) ## Run all tests (those on real data only where DEPLOY_PRUNE_DATA is set)
 	$(BIN)/python -m pytest -rs
 
-check: $(READY) ## Run ruff, mypy on an installed copy, and the test of the import direction
+check: $(READY) ## Run ruff, bandit, mypy on an installed copy, and the test of the import direction
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/bandit -q -ll -c pyproject.toml -r deploy_prune export runtime_bench
 	PYTHONPATH=tests $(BIN)/python -m tools.typecheck
 	$(BIN)/python -m pytest tests/test_imports.py
+
+audit: $(READY) ## Look up known weaknesses of the pinned packages; says "not run" where that cannot be done
+	@PYTHONPATH=tests $(BIN)/python -m tools.audit
+
+fuzz: RUNS ?= 100000
+fuzz: $(READY) ## Fuzz the reader TARGET (manifest plan recipe lut npz separated json image http grpc), RUNS times
+	@$(if $(value TARGET),,echo "Name what to fuzz: make fuzz TARGET=manifest"; exit 2;) \
+	  PYTHONPATH=tests $(BIN)/python -m fuzz.campaign $(call quoted,TARGET) -runs=$(call quoted,RUNS)
 
 test-transformers4: $(READY) $(OVERLAY)/.installed ## Run the core tests under transformers 4.57
 	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -c 'import transformers as t; assert t.__version__[0] == "4"'

@@ -11,8 +11,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
-import json
+import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -22,9 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from .documents import one_line, parse_json, read_json, read_text
 from .errors import BundleError, InputError, SystemStateError
+from .signing import SIGNATURE, check_signature
 
 if TYPE_CHECKING:
     from .units import SlicePlan
@@ -68,6 +71,19 @@ class Artifact(_Model):
     engine: dict[str, Any] | None = None  # builder, versions, profile and GPUs of an engine
     reproduce: list[str] = Field(default_factory=list)  # command lines that build it again from `source`
 
+    @field_validator("quality")
+    @classmethod
+    def _quality_is_whole(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        to_fp32 = value.get("to_fp32")
+        if not isinstance(to_fp32, dict) or "metric" not in value:
+            raise ValueError("needs metric and to_fp32")
+        for number in (value.get("value"), value.get("fp32"), to_fp32.get("agreement")):
+            if number is not None and (type(number) not in (int, float) or abs(number) > sys.float_info.max):
+                raise ValueError("holds what is no number")
+        return value
+
     @property
     def label(self) -> str:
         """Say what sort of file it is: onnx opset23 int8 qdq."""
@@ -80,7 +96,9 @@ class Artifact(_Model):
             return ""
         parts, metric = [], self.quality["metric"]
         if metric is not None:
-            parts.append(f"{metric} {self.quality['value']:.4f} (fp32 {self.quality['fp32']:.4f})")
+            found = [self.quality.get(name) for name in ("value", "fp32")]
+            value, fp32 = (math.nan if n is None else n for n in found)  # as JSON has it
+            parts.append(f"{metric} {value:.4f} (fp32 {fp32:.4f})")
         if (agreement := self.quality["to_fp32"].get("agreement")) is not None:
             parts.append(f"agreement with fp32 {agreement:.4f}")
         return ", ".join(parts)
@@ -128,10 +146,10 @@ class Bundle:
         self.manifest = manifest
 
     @classmethod
-    def open(cls, root: str | Path, *, verify: bool = True) -> Bundle:
-        """Open a bundle and check every hash.
+    def open(cls, root: str | Path, *, verify: bool = True, public_key: Path | None = None) -> Bundle:
+        """Open a bundle and check every hash; with `public_key` also that it was signed, and has no other files.
 
-        Raises BundleError when it is missing, corrupted, or of a newer major schema version.
+        Raises BundleError when it is missing, corrupted, not signed by that key, or of a newer major schema version.
         """
         root = Path(root)
         path = root / "manifest.json"
@@ -141,28 +159,38 @@ class Bundle:
                 hint="Make one with: deploy-prune run MODEL --out " + str(root),
             )
         try:
-            manifest = Manifest.model_validate(json.loads(path.read_text("utf-8")))
-        except (ValueError, ValidationError) as error:
+            text = read_text(path)
+            if public_key is not None:
+                check_signature(root, text.encode(), public_key)
+            manifest = Manifest.model_validate(parse_json(text))
+            manifest.model_dump_json()  # half of a surrogate pair can be read, but not be written again
+        except ValueError as error:  # pydantic's is one
             raise BundleError(
-                f"{path} is not a valid manifest: {str(error).splitlines()[0]}", hint="Make the bundle again."
+                f"{path} is not a valid manifest: {one_line(error)}", hint="Make the bundle again."
             ) from error
         major = manifest.schema_version.split(".")[0]
-        if not major.isdigit() or int(major) > int(SCHEMA_VERSION.split(".")[0]):
+        if not re.fullmatch("[0-9]{1,9}", major) or int(major) > int(SCHEMA_VERSION.split(".")[0]):
             raise BundleError(
-                f"{path} has schema version {manifest.schema_version}; this version reads up to {SCHEMA_VERSION}.",
+                f"{path} has schema version {manifest.schema_version:.40}; this version reads up to {SCHEMA_VERSION}.",
                 hint="Upgrade deploy-prune.",
             )
         bundle = cls(root, manifest)
-        if verify:
+        if public_key is not None:
+            bundle.refuse_strays()
+        if verify or public_key is not None:
             for name, digest in manifest.files.items():
                 bundle.verify(name, digest)
         return bundle
 
     def path(self, relative: str) -> Path:
         """Resolve a path of the manifest; it may not leave the folder."""
-        path = (self.root / relative).resolve()
+        try:
+            path = (self.root / relative).resolve()
+            path.is_file()
+        except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a zero byte
+            raise BundleError(f"The manifest of {self.root} names no path: {relative!r:.80} ({error!s:.80})") from error
         if not path.is_relative_to(self.root.resolve()):
-            raise BundleError(f"The manifest of {self.root} names a path outside the bundle: {relative}")
+            raise BundleError(f"The manifest of {self.root} names a path outside the bundle: {relative:.200}")
         return path
 
     def verify(self, relative: str, digest: str) -> None:
@@ -176,11 +204,26 @@ class Bundle:
                 hint="Make the bundle again, or copy it again from where it came.",
             )
 
+    def refuse_strays(self) -> None:
+        """Raise BundleError for a file that the manifest does not name: libraries may read it all the same."""
+        known = {"manifest.json", SIGNATURE, *self.manifest.files}
+        for path in sorted(self.root.rglob("*")):
+            name = path.relative_to(self.root).as_posix()
+            if name not in known and (path.is_symlink() or not path.is_dir()):
+                raise BundleError(
+                    f"The bundle {self.root} has the file {name}, which its signed manifest does not name.",
+                    hint="Remove it, or get the bundle again from where it was made.",
+                )
+
     def plan(self) -> SlicePlan:
         """Read plan.json."""
         from .units import SlicePlan
 
-        return SlicePlan.from_dict(json.loads(self.path("plan.json").read_text("utf-8")))
+        path = self.path("plan.json")
+        try:
+            return SlicePlan.from_dict(read_json(path))
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path} cannot be read: {one_line(error)}", hint="Make the bundle again.") from error
 
     def add_file(self, source: Path, folder: str, stem: str) -> str:
         """Move a file into the bundle under a name that carries its content hash; return its path.
@@ -215,14 +258,20 @@ class Bundle:
 
     def golden(self) -> list[GoldenCase]:
         """Read the golden cases: inputs and each variant's outputs at several shapes and paddings."""
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         cases = []
         for entry in self.manifest.golden:
-            tensors = load_file(self.path(entry["path"]))
+            try:
+                tensors = load_file(self.path(entry["path"]))
+            except (KeyError, TypeError, OSError, SafetensorError) as error:
+                raise BundleError(
+                    f"A golden case of {self.root} cannot be read: {one_line(error)}", hint="Make the bundle again."
+                ) from error
             case = GoldenCase({}, {})
             for key, array in tensors.items():
-                owner, name = key.split(".", 1)
+                owner, _, name = key.partition(".")
                 target = case.inputs if owner == "input" else case.outputs.setdefault(owner, {})
                 target[name] = array
             cases.append(case)
@@ -242,8 +291,12 @@ class Bundle:
         self.manifest.golden.append({"path": self.add_file(temporary, "golden", stem)})
 
     def commit(self) -> None:
-        """Replace manifest.json atomically, then remove files that no manifest names."""
-        write_atomically(self.root / "manifest.json", self.manifest.model_dump_json(indent=2) + "\n")
+        """Replace manifest.json atomically; remove files that it does not name, and the signature of what it was."""
+        path, text = self.root / "manifest.json", self.manifest.model_dump_json(indent=2) + "\n"
+        changed = not path.is_file() or path.read_bytes() != text.encode()
+        write_atomically(path, text)
+        if changed:
+            (self.root / SIGNATURE).unlink(missing_ok=True)
         self._collect()
 
     def _collect(self) -> None:

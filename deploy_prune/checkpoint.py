@@ -16,12 +16,13 @@ from torch import nn
 from . import modeling_sliced
 from .archs import check_prunable, config_of
 from .bundle import Bundle, Variant, disk_errors, sha256_file
+from .config import pickle_allowed
 from .errors import BundleError, InputError, SystemStateError, UnsupportedModelError
 from .heads import Head
 from .image_settings import SETTINGS
 from .images import ImageProcessor, check_fit
 from .masking import OutputWeights
-from .module_checkpoint import FILE, WEIGHTS, ModuleConfig, load_module, read_module_config, save_module
+from .module_checkpoint import FILE, WEIGHTS, ModuleConfig, check_stored, load_module, read_module_config, save_module
 from .renaming import renamed
 from .signature import Signature, image_signature, takes_images
 from .surgery import ChannelSurgery, surgery_of_plan
@@ -71,7 +72,11 @@ def load_config(source: str) -> Any:
     """Read a model's config and refuse what cannot be pruned. Raises InputError or UnsupportedModelError."""
     with _loading(source):
         folder = _module_folder(source)
-        config: Any = read_module_config(folder) if folder else transformers.AutoConfig.from_pretrained(source)
+        config: Any = (
+            read_module_config(folder)
+            if folder
+            else transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        )
     check_prunable(config)
     return config
 
@@ -91,8 +96,10 @@ def load_dense(source: str, head: HeadKind) -> Dense:
         check_weights(model, source)
         return Dense(model, load_processor(source, config), source, _hash_source(source))
     auto = getattr(transformers, IMAGE_CLASS if images else AUTO_CLASSES[head])
+    _refuse_pickles(source)
+    safe = {"use_safetensors": None if pickle_allowed() else True, "weights_only": True, "trust_remote_code": False}
     with _loading(source), quiet_transformers():
-        model, info = auto.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        model, info = auto.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **safe)
         processor = load_processor(source, config)
     missing = sorted(k for k in info["missing_keys"] if not (head == "embedding" and "pooler" in k))
     if missing:
@@ -109,7 +116,7 @@ def load_dense(source: str, head: HeadKind) -> Dense:
 def load_processor(source: str, config: Any) -> Any:
     """Load the tokenizer or image processor of a checkpoint, from a hub id or a local folder."""
     if not takes_images(config):
-        return transformers.AutoTokenizer.from_pretrained(source)
+        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if getattr(config, "processor", None):
         return ImageProcessor.from_dict(config.processor, config)
     path = transformers.utils.cached_file(source, SETTINGS)
@@ -190,19 +197,36 @@ def load_sliced(folder: Path) -> Any:
     if (folder / FILE).is_file():
         return load_module(folder)
     with _loading(str(folder)):
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     spec = getattr(config, "deploy_prune", None)
-    if not spec:
+    kind = getattr(transformers, str((getattr(config, "architectures", None) or [""])[0]), None)
+    if not spec or not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
         raise BundleError(f"{folder}/config.json does not describe a sliced model.", hint="Make the bundle again.")
-    model = getattr(transformers, config.architectures[0])(config)
+
+    def cut(model: Any, stored: dict[str, Any]) -> dict[str, Any]:
+        own, found = renamed(model, spec, stored)
+        modeling_sliced.resize(model, own)
+        model.config.deploy_prune = own
+        return found
+
+    path = folder / "model.safetensors"
+    check_stored(lambda: kind(config), cut, path, layers=int(getattr(config, "num_hidden_layers", 0)))
+    model = kind(config)
     try:
-        spec, state = renamed(model, spec, load_file(folder / "model.safetensors"))
-        modeling_sliced.resize(model, spec)
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict(cut(model, load_file(path)), strict=True)
     except (RuntimeError, OSError) as error:
         raise BundleError(f"{folder} does not hold the weights its config describes: {error}") from error
-    model.config.deploy_prune = spec
     return model.eval()
+
+
+def _refuse_pickles(source: str) -> None:
+    """Raise InputError for a folder whose weights are pickles alone, unless they are allowed."""
+    names = [p.name for p in Path(source).glob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".pth")]
+    if names and not pickle_allowed() and not any(name.endswith(".safetensors") for name in names):
+        raise InputError(
+            f"The weights in {source} are pickles ({', '.join(sorted(names)[:3])}).",
+            hint="deploy-prune --allow-pickle reads them by torch's restricted unpickler; better, save safetensors.",
+        )
 
 
 def head_of(bundle: Bundle) -> Head:

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from . import __version__, cli_export, cli_gate, cli_lab, cli_serve, screen
+from . import __version__, cli_export, cli_gate, cli_lab, cli_serve, cli_sign, screen
 from .bundle import Bundle, disk_errors, locked, write_atomically
-from .config import ALLOW_CODE, BenchSettings, Recipe
+from .config import ALLOW_CODE, ALLOW_PICKLE, BenchSettings, Recipe
 from .errors import DeployPruneError, MissingExtraError, SystemStateError, VerdictError
 from .flags import BundleArg, Json, recipe_command, settings_command
 from .signature import Signature
@@ -34,6 +34,7 @@ EXTRA_OF = {
     "junitparser": "ci",
     "mlperf_loadgen": "loadgen",
     "fastapi": "serve",
+    "minisign": "sign",
     "grpc": "serve",
     "orjson": "serve",
     "prometheus_client": "serve",
@@ -204,6 +205,7 @@ def report(
 
 app.add_typer(cli_gate.app)
 app.add_typer(cli_serve.app)
+app.add_typer(cli_sign.app)
 app.add_typer(cli_lab.app)
 
 
@@ -249,12 +251,20 @@ def _global(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     allow_code: Annotated[
         list[str] | None,
-        typer.Option(metavar="MODULE", help="Let checkpoints (module.json) call factories of this Python module."),
+        typer.Option(
+            metavar="MODULE",
+            help="Let checkpoints (module.json) call factories of this Python module; pt2: open a bundle's programs.",
+        ),
     ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .pt and .bin files, by torch's restricted unpickler.")
+    ] = False,
 ) -> None:
     if allow_code:  # in the environment, so that the processes that measure see it
         sys.path.insert(0, os.getcwd())  # as theirs have it
         os.environ[ALLOW_CODE] = ",".join(filter(None, [os.environ.get(ALLOW_CODE, ""), *allow_code]))
+    if allow_pickle:
+        os.environ[ALLOW_PICKLE] = "1"
     if version:
         print(__version__)
         raise typer.Exit

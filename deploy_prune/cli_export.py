@@ -87,7 +87,13 @@ def export(
 
 
 @app.command()
-def verify(bundle: BundleArg, as_json: Json = False) -> None:
+def verify(
+    bundle: BundleArg,
+    public_key: Annotated[
+        Path | None, typer.Option(help="Refuse a bundle that was not signed by this key; it is then left as it is.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Run every artifact that can run on this machine against the bundle's golden outputs.
 
     What was not run where it was built (engines without their GPU) is completed; a difference is exit 1. The quality of
@@ -100,9 +106,10 @@ def verify(bundle: BundleArg, as_json: Json = False) -> None:
     from .export import verify_bundle
 
     with locked(bundle):
-        opened = Bundle.open(bundle)
+        opened = Bundle.open(bundle, public_key=public_key)
         found = verify_bundle(opened)
-        opened.commit()
+        if public_key is None:
+            opened.commit()
     if as_json:
         screen.print_json([a.model_dump() for a in opened.manifest.artifacts])
     else:

@@ -38,10 +38,11 @@ def serve(
     """
     import asyncio
 
-    from .server.run import Server, is_loopback, structured_logs
+    from .server.connections import is_loopback
+    from .server.run import Server, structured_logs
 
     structured_logs()
-    sources = named(bundles)
+    sources = named(bundles, key_path(settings.public_key))
     token = read_token(settings.token_file)
     server = Server(sources, serving_of(settings), listening_of(settings, token), settings.compare)
     if token is None and not is_loopback(settings.host):
@@ -51,7 +52,17 @@ def serve(
     asyncio.run(server.run())
 
 
-def named(bundles: list[str]) -> dict[str, Path]:
+def key_path(path: str | None) -> Path | None:
+    """Return the path of a public key that can be read. Raises InputError."""
+    if path is None:
+        return None
+    from .signing import read_public_key
+
+    read_public_key(Path(path))
+    return Path(path)
+
+
+def named(bundles: list[str], public_key: Path | None = None) -> dict[str, Path]:
     """Return sources by name; NAME=PATH names one, else the folder does. Raises InputError for a name used twice."""
     found: dict[str, Path] = {}
     for given in bundles:
@@ -61,7 +72,7 @@ def named(bundles: list[str]) -> dict[str, Path]:
         if name in found:
             raise InputError(f"Two models are named {name}.", hint="Name them: one=bundles/a two=bundles/b")
         if (source / "manifest.json").is_file():
-            Bundle.open(source)
+            Bundle.open(source, public_key=public_key)
         found[name] = source
     return found
 
@@ -92,6 +103,7 @@ def serving_of(settings: ServeSettings) -> Any:
         queue_rows=settings.queue_rows,
         wait=settings.wait_ms / 1000,
         request_rows=settings.request_rows,
+        public_key=key_path(settings.public_key),
     )
 
 

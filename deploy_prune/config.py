@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
-import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
+from .documents import one_line, read_toml
 from .errors import InputError
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -16,6 +17,18 @@ MIN_SAMPLES = 64
 DEMO_MODELS = ("demo", "digits-vit")  # what `demo` makes
 DEFAULT_KEEP = 0.5
 ALLOW_CODE = "DEPLOY_PRUNE_ALLOW_CODE"  # environment variable: modules that module.json may call into, by commas
+ALLOW_PICKLE = "DEPLOY_PRUNE_ALLOW_PICKLE"  # environment variable: read torch's own files, by its restricted unpickler
+PROGRAMS = "pt2"  # in ALLOW_CODE: also open a bundle's .pt2 files, which name what torch calls
+
+
+def allowed_code() -> list[str]:
+    """Return what the user lets run of what checkpoints and bundles name: Python modules, and perhaps `PROGRAMS`."""
+    return [name.strip() for name in os.environ.get(ALLOW_CODE, "").split(",") if name.strip()]
+
+
+def pickle_allowed() -> bool:
+    """Say whether the user lets torch's own files (.pt, .bin) be read."""
+    return os.environ.get(ALLOW_PICKLE, "") not in ("", "0")
 
 
 def _field(default: Any, description: str, **limits: Any) -> Any:
@@ -130,6 +143,7 @@ class ServeSettings(BaseModel):
     port: int = _field(8000, "Port of HTTP; 0 takes a free one.", ge=0, le=65535)
     grpc_port: int = _field(8001, "Port of gRPC; 0 takes a free one, -1 leaves it out.", ge=-1, le=65535)
     token_file: str | None = _field(None, "File whose first line clients must give as a bearer token.")
+    public_key: str | None = _field(None, "Serve only bundles that were signed by this key (minisign's format).")
     tls_cert: str | None = _field(None, "Certificate chain (PEM), for TLS.")
     tls_key: str | None = _field(None, "Private key (PEM) of the certificate.")
     batch_rows: int = _field(32, "Rows that go into one run at most.", ge=1)
@@ -314,11 +328,11 @@ def load_settings(settings: type[Settings], path: str | Path | None, command: st
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = tomllib.loads(Path(path).read_text("utf-8"))
+            values = read_toml(path)
         except OSError as error:
             raise InputError(f"Could not read the recipe {path}: {error.strerror}.") from error
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"{path} is not valid TOML: {error}.") from error
+        except ValueError as error:
+            raise InputError(f"{path} is not valid TOML: {one_line(error)}.") from error
     values |= {k: v for k, v in flags.items() if v is not None}
     try:
         return settings.model_validate(values)
@@ -334,7 +348,7 @@ def _explain(error: ValidationError, path: str | Path | None, settings: type[Bas
             lines.append(f"unknown key '{key}'; known: {', '.join(sorted(settings.model_fields))}")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            shown = f"{key} = {item['input']!r}: " if key else ""  # no key: several fields do not fit together
+            shown = f"{key} = {item['input']!r:.200}: " if key else ""  # no key: several fields do not fit together
             lines.append(f"{shown}{message[0].lower()}{message[1:]}")
     where = f"The recipe {path}" if path else "The settings"
     return f"{where} cannot be used: " + "; ".join(lines) + "."

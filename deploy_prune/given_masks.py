@@ -13,7 +13,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from .config import pickle_allowed
 from .errors import InputError
+from .npz import read_npz
 from .units import MaskSet, UnitGroup
 
 KINDS = {"head_mask": "head", "neuron_mask": "neuron"}
@@ -61,9 +63,13 @@ def _read(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
+            return dict(read_npz(path))
         if path.suffix in (".pt", ".bin"):
+            if not pickle_allowed():
+                raise InputError(
+                    f"{path} is one of torch's own files, which are pickles.",
+                    hint="deploy-prune --allow-pickle reads it by torch's restricted unpickler; .npz needs none.",
+                )
             value = torch.load(path, map_location="cpu", weights_only=True)
             if isinstance(value, dict):
                 return {str(k): _rows(v) for k, v in value.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .documents import read_json
 from .errors import InputError, MissingExtraError
 from .image_settings import BILINEAR, MAX_EDGE, SETTINGS, model_size, pair, read_settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+LARGE = 1 << 24  # pixels, beyond which an image's file must have a size of its own
+MOST_PIXELS_PER_BYTE = 200
 # Formats that Pillow reads by itself: others would run helper programs.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 
@@ -120,6 +124,7 @@ def open_image(source: str | Path | bytes, where: str) -> Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", module.DecompressionBombWarning)
             with module.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
+                _refuse_bomb(picture.size, len(source) if isinstance(source, bytes) else os.path.getsize(source), where)
                 picture.load()
                 return ImageOps.exif_transpose(picture)
     except (module.DecompressionBombError, module.DecompressionBombWarning) as error:
@@ -128,6 +133,16 @@ def open_image(source: str | Path | bytes, where: str) -> Image:
         raise InputError(f"{where} is not an image.", hint=f"Known formats: {', '.join(FORMATS)}.") from error
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all of them for broken files
         raise InputError(f"Cannot read the image {where}: {error}", hint="Mend or remove it.") from error
+
+
+def _refuse_bomb(size: tuple[int, int], file_bytes: int, where: str) -> None:
+    """Raise InputError for a large image in next to no bytes: Pillow's own limit lets them take seconds and 400 MB."""
+    pixels = size[0] * size[1]
+    if pixels > LARGE and pixels > MOST_PIXELS_PER_BYTE * file_bytes:
+        raise InputError(
+            f"{where} is too large an image: {size[0]} x {size[1]} in {file_bytes:,} bytes.",
+            hint="Give smaller images.",
+        )
 
 
 def image_tokens(config: Any, size: tuple[int, int] | None = None) -> int:
@@ -173,7 +188,7 @@ def _has_patches(config: Any) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        contents = json.loads(path.read_text("utf-8"))
+        contents = read_json(path)
     except FileNotFoundError as error:
         raise InputError(
             f"There is no {path}, which says how the model wants its images.",

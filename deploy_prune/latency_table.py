@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from .documents import one_line, read_json
 from .errors import InputError
 from .units import UnitGroup, UnitKind, Units
 
@@ -17,7 +17,7 @@ from .units import UnitGroup, UnitKind, Units
 class KindTable(BaseModel):
     """Hold one kind of sub-layer's latency at a grid of counts; `low_ms` and `high_ms` are its interval."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     size: int
     width: int
@@ -28,7 +28,7 @@ class KindTable(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> KindTable:
-        if self.counts != sorted(set(self.counts)) or self.counts[0] != 0 or self.counts[-1] != self.size:
+        if self.counts != sorted(set(self.counts)) or self.counts[:1] != [0] or self.counts[-1] != self.size:
             raise ValueError(f"counts must rise from 0 to {self.size}")
         if not len(self.counts) == len(self.ms) == len(self.low_ms) == len(self.high_ms):
             raise ValueError("counts and milliseconds differ in length")
@@ -40,7 +40,7 @@ class KindTable(BaseModel):
 class LatencyTable(BaseModel):
     """Hold what one layer's attention and FFN take at every count, and what the rest of the model takes, in ms."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     schema_version: Literal["1.0"] = "1.0"
     runtime: str
@@ -81,7 +81,7 @@ class LatencyTable(BaseModel):
 class ChannelPoint(BaseModel):
     """Hold one cut network that was measured: its share of the FLOPs, its ms, and what the table says of it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     flops: float
     ms: float
@@ -94,7 +94,7 @@ class ChannelLatency(BaseModel):
     `mean_error` and `largest_error` are relative, of points that were held out of a first fit.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["channels"] = "channels"
     schema_version: Literal["1.0"] = "1.0"
@@ -126,13 +126,13 @@ class ChannelLatency(BaseModel):
 def read_latency_table(path: str | Path) -> LatencyTable | ChannelLatency:
     """Read a table written by `probe`. Raises InputError for a file that is not one."""
     try:
-        contents = json.loads(Path(path).read_text("utf-8"))
+        contents = read_json(path)
         channels = isinstance(contents, dict) and contents.get("kind") == "channels"
         return (ChannelLatency if channels else LatencyTable).model_validate(contents)
     except OSError as error:
         raise InputError(f"Could not read the latency table {path}: {error.strerror}.") from error
-    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+    except ValueError as error:  # pydantic's is one
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else one_line(error)
         raise InputError(
             f"{path} is not a latency table: {reason}.", hint="Make one: deploy-prune probe MODEL --out lut.json"
         ) from error

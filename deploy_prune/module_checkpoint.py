@@ -15,19 +15,20 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .bundle import disk_errors
-from .config import ALLOW_CODE
+from .config import ALLOW_CODE, allowed_code
+from .documents import one_line, read_json
 from .errors import BundleError, InputError, UnsupportedModelError
 from .image_settings import SETTINGS
 from .images import ImageProcessor
@@ -37,6 +38,10 @@ FORMAT, VERSION = "deploy-prune-module", 1
 FILE, WEIGHTS = "module.json", "model.safetensors"
 LOADING = ("weights", "weights_backbone", "pretrained", "checkpoint_path")  # arguments that fetch or read weights
 TIMM = "timm.create_model"
+_LARGEST_CUT = 200  # times its own weights a sliced model's dense one may have had
+_SMALL = 1 << 26  # weights that are no matter of concern
+_MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
+Cut = Callable[[nn.Module, dict[str, Any]], dict[str, Any]]
 _FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
@@ -149,11 +154,18 @@ def load_module(
     if config is None:
         raise BundleError(f"No {FILE} in {folder}.", hint="Save the model by save_module.")
     kwargs = {k: v for k, v in config.kwargs.items() if k not in LOADING}
-    model = (factory or _factory(config.factory, [*allow, *_allowed()]))(**kwargs)
-    try:
+    make = factory or _factory(config.factory, [*allow, *allowed_code()])
+
+    def cut(model: nn.Module, stored: dict[str, Any]) -> dict[str, Any]:
         if config.spec:
             resize(model, dict(config.spec))
-        model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+        return stored
+
+    if factory is None and config.factory.startswith("torchvision."):  # others may read values while they build
+        check_stored(lambda: make(**kwargs), cut, folder / WEIGHTS)
+    model = make(**kwargs)
+    try:
+        model.load_state_dict(cut(model, load_file(folder / WEIGHTS)), strict=True)
     except (RuntimeError, OSError, AttributeError, KeyError, SafetensorError) as error:
         raise BundleError(
             f"{folder} does not hold the weights its {FILE} describes: {str(error).splitlines()[0]}",
@@ -163,6 +175,36 @@ def load_module(
         model.deploy_prune = dict(config.spec)  # type: ignore[assignment]
     model.module_config = config  # type: ignore[assignment]
     return model.eval()
+
+
+def check_stored(make: Callable[[], nn.Module], cut: Cut, path: Path, *, layers: int = 0) -> None:
+    """Make a dense model and cut it without memory for weights, and compare their shapes with those in the file.
+
+    `cut` also gives what is stored the names that it has in the model.
+
+    Raises BundleError where they differ, or the dense model is out of all proportion: a description of a few bytes
+    must not ask for any amount of memory.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        if layers > len(stored):
+            raise ValueError(f"{layers} layers, but {len(stored)} tensors")
+        with torch.device("meta"):
+            model = make()
+            dense = sum(t.numel() for t in model.state_dict().values())
+            stored = cut(model, stored)
+        if dense > max(_LARGEST_CUT * sum(map(math.prod, stored.values())), _SMALL):
+            raise ValueError(f"a dense model of {dense:,} weights")
+        wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        for name in sorted({*wanted, *stored}):
+            if wanted.get(name) != stored.get(name):
+                raise ValueError(f"{name} is {stored.get(name)} in the file, {wanted.get(name)} in the description")
+    except (*_MALFORMED, OSError, SafetensorError) as error:
+        raise BundleError(
+            f"{path.parent} does not hold the weights that it describes: {one_line(error, 300)}",
+            hint="Make it again, by the versions that it was made with.",
+        ) from error
 
 
 def read_module_config(folder: str | Path) -> ModuleConfig | None:
@@ -221,14 +263,10 @@ def _timm_config(entry: Mapping[str, Any]) -> ModuleConfig:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        entry = json.loads(path.read_text("utf-8"))
+        entry = read_json(path)
     except (OSError, ValueError) as error:
         raise BundleError(f"No {path.name} that can be read in {path.parent}: {error}") from error
     return entry if isinstance(entry, dict) else {}
-
-
-def _allowed() -> list[str]:
-    return [name.strip() for name in os.environ.get(ALLOW_CODE, "").split(",") if name.strip()]
 
 
 def _factory(name: str, allow: Sequence[str]) -> Callable[..., nn.Module]:

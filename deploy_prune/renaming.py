@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from .archs import arch_of
 from .errors import BundleError, UnsupportedModelError
 
+T = TypeVar("T")
 
-def renamed(
-    model: nn.Module, spec: dict[str, Any], state: dict[str, Tensor]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return a sliced checkpoint's spec and tensors under the names that the modules of a stock model have here.
+
+def renamed(model: nn.Module, spec: dict[str, Any], state: dict[str, T]) -> tuple[dict[str, Any], dict[str, T]]:
+    """Return a sliced checkpoint's spec and tensors (or their shapes) under the names that the modules of a stock model have here.
 
     Where the names are the same, both are returned as they are. Raises BundleError, naming the release that wrote the
     checkpoint, where the model is built in another way.

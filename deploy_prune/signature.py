@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InputError
+from .errors import BundleError, InputError
 from .image_settings import model_size
 from .images import image_tokens
 
 PIXELS = "pixel_values"
+MOST_EDGE = 1 << 16  # pixels, and channels
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,17 @@ class Signature:
     @classmethod
     def of_manifest(cls, model: Mapping[str, Any]) -> Signature:
         """Read what a bundle's manifest says of its model."""
-        image = model.get("image")
-        return cls(tuple(model["inputs"]), tuple(image) if image else None, model.get("tokens"))
+        try:
+            inputs, image, tokens = tuple(map(str, model["inputs"])), model.get("image"), model.get("tokens")
+            size = tuple(int(n) for n in image) if image else None
+            if size is not None and (len(size) != 3 or not all(0 < n <= MOST_EDGE for n in size)):
+                raise ValueError(f"no size of an image: {size!r:.80}")
+            return cls(inputs, size, None if tokens is None else int(tokens))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise BundleError(
+                f"The manifest does not say what the model takes ({type(error).__name__}: {error!s:.100}).",
+                hint="Make the bundle again.",
+            ) from error
 
     def entry(self) -> dict[str, Any]:
         """Return what the manifest says: inputs, and of an image model the image's size and the tokens."""

@@ -10,13 +10,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from .errors import InputError
 
 UnitKind = Literal["head", "neuron", "channel"]
+MOST_UNITS = 1 << 24  # of one group: what a plan may ask to be allocated
 
 
 @dataclass(frozen=True)
@@ -215,20 +216,28 @@ class SlicePlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SlicePlan:
-        """Read what `to_dict` wrote. Raises InputError when the hash does not match."""
-        plan = cls(
-            tuple(
-                GroupPlan(
-                    name=g["name"],
-                    kind=g["kind"],
-                    layer=int(g["layer"]),
-                    total=int(g["total"]),
-                    kept=tuple(int(i) for i in g["kept"]),
-                    scales=tuple(float(s) for s in g["scales"]),
-                )
-                for g in data["groups"]
-            )
-        )
-        if plan.hash != data["hash"]:
+        """Read what `to_dict` wrote. Raises InputError for what is no plan, and when the hash does not match."""
+        try:
+            plan, wanted = cls(tuple(_group_plan(g) for g in data["groups"])), data["hash"]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(
+                f"The plan is malformed ({type(error).__name__}: {error!s:.100}).", hint="Make the bundle again."
+            ) from error
+        if len({g.name for g in plan.groups}) < len(plan.groups):
+            raise InputError("The plan names a group twice.", hint="Make the bundle again.")
+        if plan.hash != wanted:
             raise InputError("The plan's hash does not match its kept units.", hint="Make the bundle again.")
         return plan
+
+
+def _group_plan(entry: Mapping[str, Any]) -> GroupPlan:
+    """Read one group of a plan. Raises KeyError, TypeError, ValueError or OverflowError."""
+    total, kept = int(entry["total"]), tuple(int(i) for i in entry["kept"])
+    scales = tuple(float(s) for s in entry["scales"])
+    if entry["kind"] not in get_args(UnitKind) or not isinstance(entry["name"], str):
+        raise ValueError(f"no group: {entry['name']!r:.40} of {entry['kind']!r:.40}")
+    if not 0 <= total <= MOST_UNITS or list(kept) != sorted(set(kept)) or not all(0 <= i < total for i in kept):
+        raise ValueError(f"{entry['name']} keeps units that it does not have")
+    if len(scales) != len(kept) or not np.isfinite(scales).all():
+        raise ValueError(f"{entry['name']} has no finite scale for each unit")
+    return GroupPlan(entry["name"], entry["kind"], int(entry["layer"]), total, kept, scales)

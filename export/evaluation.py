@@ -82,7 +82,7 @@ def evaluation_of(bundle: Bundle) -> Evaluation | None:
         return None
     folder = bundle.path("sliced")
     with quiet_transformers():
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         processor = load_processor(str(folder), config)
     try:
         data = load_task(

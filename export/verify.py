@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from ..bundle import Artifact, Bundle
+from ..config import PROGRAMS
 from ..errors import DeployPruneError, MissingExtraError, SystemStateError, VerdictError
 from ..runtimes import Runner, open_runner
 from ..runtimes.fixed import FixedShape
+from ..runtimes.torch_program import programs_refused
 from .parity import check_parity, golden_within
 from .registry import available_exporters
 from .room import kind_of
@@ -65,6 +67,8 @@ def _runner(bundle: Bundle, artifact: Artifact) -> Runner | str:
     exporter = available_exporters().get(artifact.format)
     if exporter is None:
         return "no exporter of this format is here"
+    if artifact.format == PROGRAMS and (refusal := programs_refused()):
+        return f"{refusal}; if you trust the bundle, allow it: deploy-prune --allow-code {PROGRAMS} verify ..."
     runner = exporter.runner(artifact, bundle.path(artifact.path))
     if isinstance(runner, str) or artifact.shape is None:
         return runner

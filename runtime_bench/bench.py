@@ -19,6 +19,7 @@ import numpy as np
 from ..bundle import PRECISIONS, VARIANTS, Bundle, disk_errors
 from ..config import BenchSettings
 from ..errors import InputError
+from ..npz import read_npz
 from ..progress import Progress
 from ..runtimes import available_runtimes, onnx_runtimes
 from .isolate import Worker, WorkerError
@@ -295,8 +296,8 @@ def stored_runs(bundle: Bundle, measurements: Iterable[Mapping[str, Any]]) -> di
     found = {}
     for m in measurements:
         if m.get("samples"):
-            with np.load(bundle.path(m["samples"]), allow_pickle=False) as arrays:
-                found[m["model"]] = arrays[f"{_stem(m)}/wall_ns"] / 1e6
+            name = f"{_stem(m)}/wall_ns"
+            found[m["model"]] = read_npz(bundle.path(m["samples"]), [name])[name] / 1e6
     return found
 
 

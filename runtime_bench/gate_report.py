@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import disk_errors
+from ..documents import parse_json
 from ..errors import InputError, MissingExtraError
 from .bench import place_title
 from .gate import Verdict
@@ -81,8 +82,8 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     entries = []
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            entries.append(parse_json(line))
+        except ValueError as error:
             raise InputError(
                 f"{path}, line {number}, is no JSON: {error}.", hint="Mend or remove that line."
             ) from error

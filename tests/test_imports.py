@@ -21,8 +21,8 @@ FOLDERS = {
 
 # A room may import rooms of its own line and of the lines above it, never of a line below.
 LAYERS = [
-    "errors units progress moments image_settings",
-    "latency_table images",
+    "errors documents signing units progress moments image_settings",
+    "latency_table images npz",
     "archs costs heads signature tasks bundle config masking modeling_sliced batches fidelity",
     "given_masks archives snippets",
     "channel_costs channel_masking patches graph_runner",
@@ -38,7 +38,7 @@ LAYERS = [
     "late",
     "pipeline measuring",
     "probing experiments",
-    "api screen inspection doctor flags server cli_export cli_gate cli_lab cli_serve cli",
+    "api screen inspection doctor flags server cli_export cli_gate cli_lab cli_serve cli_sign cli",
 ]
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer.split()}
 # export and runtime_bench never import each other; only the probe compiles what it measures.
@@ -50,7 +50,8 @@ TORCH_FREE = [
     *("deploy_prune.cli", "deploy_prune.demo", "deploy_prune.demo_text", "deploy_prune.demo_digits"),
     *("deploy_prune.runtimes", "deploy_prune.runtimes.base"),
     *("deploy_prune.runtimes.ort", "deploy_prune.serve", "deploy_prune.runtime_bench"),
-    *("deploy_prune.images", "deploy_prune.image_settings"),
+    *("deploy_prune.images", "deploy_prune.image_settings", "deploy_prune.documents", "deploy_prune.npz"),
+    "deploy_prune.signing",
     *("deploy_prune.runtime_bench.stats", "deploy_prune.runtime_bench.gate", "deploy_prune.runtime_bench.report"),
 ]
 

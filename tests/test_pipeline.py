@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import deploy_prune
 from deploy_prune.bundle import VARIANTS, Bundle
 from deploy_prune.checkpoint import head_of, load_variant
-from deploy_prune.config import load_recipe
+from deploy_prune.config import ALLOW_PICKLE, load_recipe
 from deploy_prune.errors import InputError, VerdictError
 from deploy_prune.export import evaluation_of
 from deploy_prune.pipeline import run, slice_given
@@ -169,7 +169,8 @@ def test_quality_guards_fail_and_leave_the_old_bundle(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir() if "staging" in p.name) == []
 
 
-def test_slice_by_given_masks_folds_tuned_values(tmp_path: Path) -> None:
+def test_slice_by_given_masks_folds_tuned_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ALLOW_PICKLE, "1")
     model = checkpoint(tmp_path / "model")
     generator = torch.Generator().manual_seed(0)
     head_mask = (torch.rand(3, 4, generator=generator) < 0.5) * torch.rand(3, 4, generator=generator)

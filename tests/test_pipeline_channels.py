@@ -50,7 +50,7 @@ TESTS = Path(__file__).parent
 def trusted() -> Iterator[None]:
     """Let this process and those that measure call the factories of conv_tiny."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(ALLOW_CODE, "conv_tiny")
+        patch.setenv(ALLOW_CODE, "conv_tiny,pt2")
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH")))))
         yield
 

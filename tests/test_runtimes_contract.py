@@ -13,6 +13,7 @@ import pytest
 from bundles_tiny import exported_bundle
 
 from deploy_prune.bundle import VARIANTS, Bundle
+from deploy_prune.config import ALLOW_CODE, PROGRAMS
 from deploy_prune.errors import InputError, MissingExtraError, SystemStateError
 from deploy_prune.runtimes import Runner, available_runtimes, open_runner
 from deploy_prune.runtimes.openvino import OpenVinoRunner
@@ -85,6 +86,10 @@ class TestOpenVino(RunnerContract):
 
 class TestProgram(RunnerContract):
     runtime = format = "pt2"
+
+    @pytest.fixture(autouse=True)
+    def trusted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(ALLOW_CODE, PROGRAMS)
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler")

@@ -14,8 +14,8 @@ import pytest
 from pictures_tiny import TEST, TEST_LABELS, TRAIN, TRAIN_LABELS, encoded, load, npz, write_npz
 from PIL import Image
 
+from deploy_prune import npz as npz_files
 from deploy_prune.errors import DataError
-from deploy_prune.tasks import arrays
 from deploy_prune.tasks.pictures import read_pictures
 
 
@@ -49,7 +49,7 @@ def test_an_array_that_claims_too_much_is_not_allocated(tmp_path: Path, monkeypa
         archive.writestr("images.npy", buffer.getvalue() + b"few")
     with pytest.raises(DataError, match="broken"):
         load(tmp_path / "a.npz")
-    monkeypatch.setattr(arrays, "MAX_BYTES", 100)
+    monkeypatch.setattr(npz_files, "MAX_BYTES", 100)
     with pytest.raises(DataError, match="of memory"):
         load(write_npz(tmp_path))
 

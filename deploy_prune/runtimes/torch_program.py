@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle, Variant
+from ..config import PROGRAMS, allowed_code
 from ..errors import InputError, MissingExtraError
 from ..signature import Signature
 from .base import Arrays, Runner, TensorSpec, find_artifact
@@ -64,11 +65,18 @@ class ProgramRunner(Runner):
 
 
 def open_program(bundle: Bundle, variant: Variant, *, threads: int | None = None, precision: str = "fp32") -> Runner:
-    """Open a variant's .pt2 on the CPU; the compiled one where there is one."""
+    """Open a variant's .pt2 on the CPU; the compiled one where there is one. Raises InputError unless it is allowed."""
+    if refusal := programs_refused():
+        raise InputError(f"{refusal}.", hint="If you trust the bundle: deploy-prune --allow-code pt2 ...")
     artifact = find_artifact(bundle, variant, "pt2", precision, ("aoti", "export"))
     return ProgramRunner(
         bundle.path(artifact.path), artifact.signature, aoti=artifact.dialect == "aoti", threads=threads
     )
+
+
+def programs_refused() -> str:
+    """Say why a bundle's programs are not opened, or "": torch unpickles, and calls, what the file names."""
+    return "" if PROGRAMS in allowed_code() else "A .pt2 file can run any code when torch opens it"
 
 
 RUNTIMES = {"pt2": open_program}

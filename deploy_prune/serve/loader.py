@@ -6,14 +6,15 @@ bundle is loaded, so that importing this module stays cheap.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import InputError, MissingExtraError
+from ..errors import BundleError, InputError, MissingExtraError
 from ..runtimes import Runner, open_runner
 from ..runtimes.fixed import FixedShape
 from .answers import read_answers
@@ -33,14 +34,17 @@ def load(
     variant: Variant = "sliced",
     precision: str = "fp32",
     threads: int | None = None,
+    *,
+    public_key: Path | None = None,
 ) -> Predictor:
     """Open a bundle's exported model and its tokenizer or image processor, ready to predict.
 
     `runtime` is "ort" (ONNX Runtime on the CPU) or a name of `available_runtimes()`; `threads` None leaves the
-    number to the runtime. Close the predictor, or use it in a with statement. Raises BundleError for a bundle that
-    is missing, corrupted or without tokenizer.json (for images, preprocessor_config.json), InputError for an unknown
-    runtime, variant or number of threads and where the file was not exported, MissingExtraError when the runtime, or
-    for images Pillow, is not installed.
+    number to the runtime. With `public_key` (minisign's) a bundle that was not signed by it is refused. Close the
+    predictor, or use it in a with statement. Raises BundleError for a bundle that is missing, corrupted or without
+    tokenizer.json (for images, preprocessor_config.json), InputError for an unknown runtime, variant or number of
+    threads and where the file was not exported, MissingExtraError when the runtime, or for images Pillow, is not
+    installed.
     """
     from ..bundle import PRECISIONS, VARIANTS, Bundle
 
@@ -53,22 +57,41 @@ def load(
             f"Cannot compute with {threads!r} threads.",
             hint=f"Give a number from 1 to {MOST_THREADS}, or leave it out.",
         )
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, public_key=public_key)
     config = read_json(opened, "config.json") or read_json(opened, "module.json")  # none of transformers
-    pad_id = int(opened.manifest.model.get("pad_id", config.get("pad_token_id") or 0))
+    with _described(opened):
+        pad_id = int(opened.manifest.model.get("pad_id", config.get("pad_token_id") or 0))
     name = _SHORT_NAMES.get(runtime, runtime)
     runner = open_runner(opened, name, variant, threads=threads, precision=precision)
     shape = _fixed_shape(opened, runner)
     if shape is not None:
         runner = FixedShape(runner, shape, pad_id)
-    preparation = open_preparation(opened, config, pad_id, shape)
+    with _described(opened):
+        preparation = open_preparation(opened, config, pad_id, shape)
     try:
         runner.__enter__()
     except MissingExtraError as error:
         if name != "ort-cpu":
             raise
         raise MissingExtraError("onnxruntime", "edge") from error  # its own hint would bring in torch as well
-    return Predictor(opened, runner, preparation, config)
+    try:
+        with _described(opened):
+            return Predictor(opened, runner, preparation, config)
+    except BundleError:
+        runner.__exit__(None, None, None)
+        raise
+
+
+@contextmanager
+def _described(bundle: Bundle) -> Iterator[None]:
+    """Turn what is missing in a manifest or config into an error that says so."""
+    try:
+        yield
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise BundleError(
+            f"The bundle {bundle.root} does not describe its model ({type(error).__name__}: {error!s:.100}).",
+            hint="Make the bundle again.",
+        ) from error
 
 
 class Predictor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from ..documents import one_line
+from ..documents import read_json as read_document
 from ..errors import BundleError, InputError
 from ..image_settings import SETTINGS
 from ..images import ImageProcessor, open_image, pillow
@@ -153,5 +154,9 @@ def read_json(bundle: Bundle, name: str) -> dict[str, Any]:
     """Return the contents of a file in sliced/; nothing where the bundle lacks it."""
     if f"sliced/{name}" not in bundle.manifest.files:
         return {}
-    contents = json.loads(bundle.path(f"sliced/{name}").read_text("utf-8"))
-    return dict(contents)
+    try:
+        return dict(read_document(bundle.path(f"sliced/{name}")))
+    except (OSError, ValueError, TypeError) as error:
+        raise BundleError(
+            f"sliced/{name} of {bundle.root} cannot be read: {one_line(error)}", hint="Make the bundle again."
+        ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,7 +97,7 @@ class Engine:
     async def load(self, name: str, parameters: Mapping[str, Any] | None) -> Version:
         """Load the newest version of a model, or go (back) to the one that the parameters name."""
         number = (parameters or {}).get("version")
-        if number is not None and not str(number).isdigit():
+        if number is not None and not re.fullmatch("[0-9]{1,18}", str(number)):
             raise InputError(f"{number!r:.40} is no version.", hint="Give a number.")
         return await self.models.load(name, None if number is None else int(number))
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Annotated, Any, TypeVar
 
@@ -19,6 +21,7 @@ from starlette.exceptions import HTTPException
 from .. import __version__
 from ..errors import DeployPruneError, InputError
 from .batching import Arrays
+from .connections import is_loopback
 from .engine import Answer, Engine
 from .errors import BusyError, LateError, TooLargeError, http_status
 from .models import ANSWERS
@@ -72,14 +75,25 @@ class LoadRequest(BaseModel):
 
 
 def make_app(
-    engine: Engine, *, token: str | None = None, most_bytes: int = 1 << 26, body_seconds: float = 10.0
+    engine: Engine,
+    *,
+    token: str | None = None,
+    most_bytes: int = 1 << 26,
+    body_seconds: float = 10.0,
+    loopback: bool = False,
 ) -> FastAPI:
-    """Return the application. Bodies have `most_bytes` at most, and must have arrived after `body_seconds`."""
+    """Return the application. Bodies have `most_bytes` at most, and must have arrived after `body_seconds`.
+
+    `loopback` says that it is reached from this machine alone: requests by another name are then refused.
+    """
     app = FastAPI(title="deploy_prune", version=__version__, docs_url=None, redoc_url=None, strict_content_type=False)
-    failures: dict[int | str, dict[str, Any]] = {400: {}, 401: {}, 404: {}, 408: {}, 413: {}, 503: {}, 504: {}}
+    failures: dict[int | str, dict[str, Any]] = {400: {}, 401: {}, 403: {}, 404: {}, 413: {}, 503: {}, 504: {}}
+    bodies = Bodies(most_bytes, body_seconds)
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Any) -> Response:
+        if reason := foreign(request.headers, loopback):
+            return _said(403, reason)
         if token is not None and request.url.path not in OPEN:
             given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
             if not hmac.compare_digest(given, token.encode()):
@@ -152,8 +166,8 @@ def make_app(
         return await run(request, name, version)
 
     async def run(request: Request, name: str, version: str | None) -> Response:
-        raw = await read_body(request, most_bytes, body_seconds)
-        asked, feeds = decode(raw, request.headers, engine.models.serving.request_elements)
+        async with bodies.read(request) as raw:
+            asked, feeds = decode(raw, request.headers, engine.models.serving.request_elements)
         answer = await engine.infer("http", name, version, feeds, [w.name for w in asked.outputs or ()])
         return encode(answer, asked)
 
@@ -167,8 +181,8 @@ def make_app(
         openapi_extra=body_of(LoadRequest, required=False),
     )
     async def load(request: Request, name: Name) -> dict[str, str]:
-        raw = await read_body(request, most_bytes, body_seconds)
-        asked = parse(LoadRequest, raw) if raw else LoadRequest()
+        async with bodies.read(request) as raw:
+            asked = parse(LoadRequest, raw) if raw.strip() else LoadRequest()
         version = await engine.load(name, asked.parameters)
         return {"name": name, "version": str(version.number)}
 
@@ -180,26 +194,61 @@ def make_app(
     return app
 
 
-async def read_body(request: Request, most_bytes: int, seconds: float) -> bytes:
-    """Return a request's body. Raises TooLargeError, before it is read where its length is known, or LateError."""
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > most_bytes:
-        raise TooLargeError(f"The body has {int(length):,} bytes; at most {most_bytes:,} are taken.")
-    parts: list[bytes] = []
+def foreign(headers: Mapping[str, str], loopback: bool) -> str:
+    """Say why a request comes from another site's page in a browser of this machine, or "" where it does not.
 
-    async def read() -> None:
+    Such a page may send requests to any address, and reach this one by a name of its own (DNS rebinding).
+    """
+    host = headers.get("host", "")
+    origin = headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != host:
+        return "Pages of other sites may not ask this server."
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+    if loopback and host and not is_loopback(name.strip("[]")):
+        return "This server is reached as localhost alone."
+    return ""
+
+
+class Bodies:
+    """Read the bodies of requests: each of `most_bytes` at most, in `seconds`, and `TOGETHER` such at one time."""
+
+    TOGETHER = 8
+
+    def __init__(self, most_bytes: int, seconds: float) -> None:
+        self.most_bytes, self.seconds = most_bytes, seconds
+        self.held = 0
+
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """Hold a request's body.
+
+        Raises TooLargeError, before it is read where its length is known, LateError, and BusyError where the bodies of
+        others take all the memory that there is for them.
+        """
+        length = request.headers.get("content-length", "")
+        if re.fullmatch("[0-9]{1,18}", length) and int(length) > self.most_bytes:  # h11 takes no longer numbers either
+            raise TooLargeError(f"The body has {int(length):,} bytes; at most {self.most_bytes:,} are taken.")
+        parts: list[bytes] = []
         size = 0
-        async for part in request.stream():
-            size += len(part)
-            if size > most_bytes:
-                raise TooLargeError(f"The body has more than {most_bytes:,} bytes.")
-            parts.append(part)
 
-    try:
-        await asyncio.wait_for(read(), seconds)
-    except TimeoutError as error:
-        raise LateError(f"The body did not arrive within {seconds:g} seconds.") from error
-    return b"".join(parts)
+        async def read() -> None:
+            nonlocal size
+            async for part in request.stream():
+                size += len(part)
+                self.held += len(part)
+                parts.append(part)
+                if size > self.most_bytes:
+                    raise TooLargeError(f"The body has more than {self.most_bytes:,} bytes.")
+                if self.held > self.TOGETHER * self.most_bytes:
+                    raise BusyError("The server reads too many other bodies.", hint="Ask again later.")
+
+        try:
+            await asyncio.wait_for(read(), self.seconds)
+            yield b"".join(parts)
+        except TimeoutError as error:
+            raise LateError(f"The body did not arrive within {self.seconds:g} seconds.") from error
+        finally:
+            self.held -= size
 
 
 def body_of(model: type[BaseModel], required: bool = True) -> dict[str, Any]:
@@ -227,7 +276,7 @@ def parse(model: type[Asked], raw: bytes) -> Asked:
 def decode(raw: bytes, headers: Mapping[str, str], most_elements: int) -> tuple[InferRequest, Arrays]:
     """Read a request to run a model: JSON alone, or JSON followed by raw tensors. Raises InputError."""
     given = headers.get(HEADER_LENGTH)
-    if given is not None and (not given.isdigit() or int(given) > len(raw)):
+    if given is not None and (not re.fullmatch("[0-9]{1,18}", given) or int(given) > len(raw)):
         raise InputError(f"{HEADER_LENGTH} {given!r:.40} does not fit a body of {len(raw)} bytes.")
     at = len(raw) if given is None else int(given)
     asked = parse(InferRequest, raw[:at])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class Serving:
     wait: float = 0.0
     request_rows: int = 128
     request_elements: int = 1 << 24
+    public_key: Path | None = None  # bundles that it did not sign are refused
 
 
 class Version:
@@ -74,7 +76,10 @@ class Version:
         digest = sha256_file(root / MANIFEST)
 
         def work() -> Predictor:
-            predictor = open_bundle(root, serving.runtime, serving.variant, serving.precision, serving.threads)
+            predictor = open_bundle(
+                *(root, serving.runtime, serving.variant, serving.precision, serving.threads),
+                public_key=serving.public_key,
+            )
             for rows in WARM_ROWS:
                 predictor.infer(warm_feeds(predictor, rows))
             return predictor
@@ -341,4 +346,5 @@ def sources(folder: Path) -> dict[int, Path]:
         return {1: folder}
     if not folder.is_dir():
         return {}
-    return {int(p.name): p for p in folder.iterdir() if p.name.isdigit() and (p / MANIFEST).is_file()}
+    named = (p for p in folder.iterdir() if re.fullmatch("[0-9]{1,18}", p.name))
+    return {int(p.name): p for p in named if (p / MANIFEST).is_file()}

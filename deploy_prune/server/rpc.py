@@ -15,6 +15,7 @@ from tritonclient.grpc import service_pb2_grpc as stubs
 from .. import __version__
 from ..errors import DeployPruneError, InputError
 from .batching import Arrays
+from .connections import MOST_HEADER_BYTES
 from .engine import Engine
 from .errors import grpc_status
 from .http import EXTENSIONS
@@ -36,6 +37,9 @@ CONTENTS = {
     BYTES: "bytes_contents",
 }
 OPEN = ("/ServerLive", "/ServerReady")  # what needs no token
+HANDSHAKE_MS = 10_000  # until a connection speaks HTTP/2, TLS included
+PING_MS = 60_000  # a client that answers none is gone
+AGE_MS = 600_000  # of a connection: one that never ends its request is cut off, all others go on in a new one
 
 
 class Service(stubs.GRPCInferenceServiceServicer):  # type: ignore[misc]
@@ -150,7 +154,16 @@ async def start(
     engine: Engine, address: str, *, token: str | None, most_bytes: int, most_calls: int, credentials: Any = None
 ) -> tuple[Any, int]:
     """Start the gRPC server on an address; return it and its port. Calls beyond `most_calls` at once are refused."""
-    options = [("grpc.max_receive_message_length", most_bytes), ("grpc.max_send_message_length", most_bytes)]
+    options = [
+        ("grpc.max_receive_message_length", most_bytes),
+        ("grpc.max_send_message_length", most_bytes),
+        ("grpc.max_metadata_size", MOST_HEADER_BYTES),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+        ("grpc.keepalive_time_ms", PING_MS),
+        ("grpc.keepalive_timeout_ms", PING_MS),
+        ("grpc.max_connection_age_ms", AGE_MS),
+        ("grpc.max_connection_age_grace_ms", PING_MS),
+    ]
     server = grpc.aio.server(interceptors=[Guard(token)], options=options, maximum_concurrent_rpcs=most_calls)
     stubs.add_GRPCInferenceServiceServicer_to_server(Service(engine), server)
     port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)

@@ -16,6 +16,7 @@ from pythonjsonlogger.json import JsonFormatter
 
 from ..errors import InputError, SystemStateError
 from . import rpc
+from .connections import MOST_HEADER_BYTES, TimedProtocol, is_loopback
 from .engine import Engine
 from .http import make_app
 from .models import Models, Serving
@@ -120,10 +121,17 @@ class Server:
     def _web(self, engine: Engine) -> uvicorn.Server:
         listening = self.listening
         app = make_app(
-            engine, token=listening.token, most_bytes=listening.most_bytes, body_seconds=listening.body_seconds
+            engine,
+            token=listening.token,
+            most_bytes=listening.most_bytes,
+            body_seconds=listening.body_seconds,
+            loopback=is_loopback(listening.host),
         )
         config = uvicorn.Config(
             app,
+            http=TimedProtocol,
+            ws="none",
+            h11_max_incomplete_event_size=MOST_HEADER_BYTES,
             host=listening.host,
             port=listening.port,
             ssl_certfile=listening.certificate,
@@ -192,11 +200,6 @@ def structured_logs(level: str = "INFO") -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-
-
-def is_loopback(host: str) -> bool:
-    """Say whether an address is reached from this machine alone."""
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def tls_files_fit(certificate: Path, key: Path) -> None:

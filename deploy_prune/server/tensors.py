@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -51,10 +52,11 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: Any) -> np
     if datatype == BYTES:
         return _texts(name, shape, _flat(name, data, math.prod(shape)))
     try:
-        given = np.asarray(data)
+        given = np.array(_numbers(data, math.prod(shape)))
         if given.dtype.kind not in "biuf":
             raise ValueError(f"{given.dtype} values")
-        array: np.ndarray = given.astype(DTYPES[datatype]).reshape(shape)
+        with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is found below, or is Inf
+            array: np.ndarray = given.astype(DTYPES[datatype]).reshape(shape)
         if array.dtype.kind != "f" and not np.array_equal(array, given.reshape(shape)):
             raise ValueError(f"values that are no {datatype}")
     except (ValueError, TypeError, OverflowError) as error:
@@ -91,6 +93,21 @@ def to_bytes(array: np.ndarray) -> bytes:
 def datatype_of(array: np.ndarray) -> str:
     """Return the protocol's name of an array's type."""
     return BYTES if array.dtype == object else NAMES[array.dtype]
+
+
+def _numbers(data: Any, count: int) -> list[Any]:
+    """Return the numbers of nested lists, flat. Raises ValueError before an array is made of what is none.
+
+    numpy would make room for the longest text in the place of every value.
+    """
+    level = data if isinstance(data, list) else [data]
+    while kinds := set(map(type, level)) - {int, float, bool}:
+        if kinds != {list} or not all(type(part) is list for part in level):
+            raise ValueError(f"{min(k.__name__ for k in kinds)} values")
+        level = list(chain.from_iterable(level))
+    if len(level) != count:
+        raise ValueError(f"{len(level)} values")
+    return level
 
 
 def _flat(name: str, data: Any, count: int) -> list[bytes]:

@@ -51,10 +51,10 @@ def sentences_from_table(table: Table, words: str | None, tags: str | None) -> S
     labelled = any(t is not None for t in all_tags)
     for row, (sentence, tagging) in enumerate(zip(all_words, all_tags, strict=True)):
         if not isinstance(sentence, list) or not all(isinstance(w, str) for w in sentence):
-            raise DataError(f"{table.where(row)}: '{word_name}' should be a list of words, found {sentence!r}.")
+            raise DataError(f"{table.where(row)}: '{word_name}' should be a list of words, found {sentence!r:.200}.")
         if labelled and (not isinstance(tagging, list) or len(tagging) != len(sentence)):
             raise DataError(
-                f"{table.where(row)}: '{tag_name}' should be a list of {len(sentence)} tags, found {tagging!r}."
+                f"{table.where(row)}: '{tag_name}' should be a list of {len(sentence)} tags, found {tagging!r:.200}."
             )
     return Sentences(all_words, all_tags if labelled else None, [table.where(i) for i in range(len(table))])
 

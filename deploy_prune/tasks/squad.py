@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..documents import parse_json
 from ..errors import DataError
 from .table import Table, read_table
 
@@ -31,7 +31,7 @@ def read_questions(path: Path) -> list[Question]:
     """
     if path.suffix.lower() == ".json":
         try:
-            document = json.loads(path.read_text(encoding="utf-8-sig"))
+            document = parse_json(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError):
             document = None  # lines of json, or unreadable: read_table reads the one and explains the other
         if isinstance(document, dict) and "data" in document:
@@ -63,6 +63,8 @@ def _from_squad(document: dict[str, Any], source: str) -> list[Question]:
                     where = f"{source}, question {qa.get('id')}"
                     raw = [] if qa.get("is_impossible") else qa.get("answers")
                     answers = None if raw is None else _answers(raw, context, where)
+                    if not isinstance(context, str) or not isinstance(qa["question"], str):
+                        raise TypeError("its question and context should be texts")
                     out.append(Question(str(qa["id"]), qa["question"], context, answers))
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
@@ -85,19 +87,21 @@ def _answers(raw: Any, context: str, where: str) -> tuple[tuple[str, int], ...]:
         else:
             pairs = [(a["text"], a["answer_start"]) for a in raw]
         return tuple((text, _nearest(text, int(start), context, where)) for text, start in pairs)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(
-            f"{where}: its answers are {raw!r}.", hint="Expected a text and an answer_start for each."
+            f"{where}: its answers are {raw!r:.200}.", hint="Expected a text and an answer_start for each."
         ) from error
 
 
 def _nearest(text: str, start: int, context: str, where: str) -> int:
     if start >= 0 and context.startswith(text, start):
         return start
-    found = [i for i in range(len(context)) if context.startswith(text, i)]
+    # Two searches, since an occurrence of each at every character would take quadratic time.
+    at = min(max(start, 0), len(context))
+    found = [i for i in (context.rfind(text, 0, at + len(text)), context.find(text, at)) if i >= 0]
     if not found or not text:
         raise DataError(
-            f"{where}: the answer {text!r} does not stand in its context.",
+            f"{where}: the answer {text!r:.200} does not stand in its context.",
             hint="Mend the answer; an unanswerable question has an empty list of answers.",
         )
     return min(found, key=lambda i: abs(i - start))

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..documents import one_line, parse_json
 from ..errors import DataError, MissingExtraError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+MOST_PARQUET_BYTES = 8 * 2**30  # decoded; a few bytes of a run-length encoding can stand for any number of rows
+_PARQUET_ROWS = 1024  # that are decoded at once
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Table:
         for row, value in enumerate(values):
             if not isinstance(value, str):
                 raise DataError(
-                    f"{self.where(row)}: column '{name}' should hold text, found {value!r}.",
+                    f"{self.where(row)}: column '{name}' should hold text, found {value!r:.200}.",
                     hint="Mend or remove the row, or name another column with --text-column.",
                 )
         return values
@@ -116,9 +119,11 @@ def _read_json(path: Path) -> tuple[list[dict[str, Any]], list[int] | None]:
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
         try:
-            records = json.loads(text)
+            records = parse_json(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {error.lineno}: not JSON: {error.msg}.") from error
+        except ValueError as error:
+            raise DataError(f"{path}: not JSON: {one_line(error)}.") from error
         for row, record in enumerate(records):
             _require_object(record, f"{path}, row {row + 1}")
         return records, None
@@ -131,10 +136,11 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[dict[str, Any], int]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = parse_json(line)
+        except ValueError as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
             raise DataError(
-                f"{path}, line {number}: not JSON: {error.msg}.", hint="Each line must be one JSON object."
+                f"{path}, line {number}: not JSON: {reason}.", hint="Each line must be one JSON object."
             ) from error
         _require_object(record, f"{path}, line {number}")
         yield record, number
@@ -151,7 +157,17 @@ def _read_parquet(path: Path) -> Table:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise MissingExtraError("pyarrow", "cpu") from error
+    columns: dict[str, list[Any]] = {}
+    decoded = 0
     try:
-        return Table(str(path), pq.read_table(path).to_pydict())
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path} is not a parquet file: {error}.") from error
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(_PARQUET_ROWS):
+                decoded += batch.nbytes
+                if decoded > MOST_PARQUET_BYTES:
+                    raise DataError(f"{path} takes more than {MOST_PARQUET_BYTES >> 30} GiB of memory.")
+                for name, values in batch.to_pydict().items():
+                    columns.setdefault(name, []).extend(values)
+            names = file.schema_arrow.names
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        raise DataError(f"{path} is not a parquet file: {one_line(error)}.") from error
+    return Table(str(path), columns or {name: [] for name in names})

@@ -29,7 +29,8 @@ def inference_service(
     if not name or len(name) > 63 or not all(c.isalnum() or c == "-" for c in name) or "-" in (name[0], name[-1]):
         raise InputError(f"{name!r} is no name for Kubernetes.", hint="Use lower-case letters, digits and '-'.")
     find_artifact(bundle, variant, "onnx", precision)
-    where = ["--host", "0.0.0.0", "--port", str(PORT), "--grpc-port", str(GRPC_PORT)]
+    # In its container, where the platform decides who reaches it.
+    where = ["--host", "0.0.0.0", "--port", str(PORT), "--grpc-port", str(GRPC_PORT)]  # nosec B104
     resources = {"cpu": cpus, "memory": memory}
     container = {
         "name": "kserve-container",
