@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def renamed(model: nn.Module, spec: dict[str, Any], state: dict[str, T]) -> tuple[dict[str, Any], dict[str, T]]:
-    """Return a sliced checkpoint's spec and tensors (or their shapes) under the names that the modules of a stock model have here.
+    """Return a sliced checkpoint's spec and tensors (or their shapes) under the names of a stock model's modules here.
 
     Where the names are the same, both are returned as they are. Raises BundleError, naming the release that wrote the
     checkpoint, where the model is built in another way.
