@@ -35,6 +35,11 @@ def renamed(model: nn.Module, spec: dict[str, Any], state: dict[str, T]) -> tupl
     except (UnsupportedModelError, KeyError, ValueError) as error:
         import transformers
 
+        if config.transformers_version == transformers.__version__:
+            raise BundleError(
+                f"The sliced {type(model).__name__} does not hold the units that its config describes.",
+                hint="Make the bundle again.",
+            ) from error
         raise BundleError(
             f"The sliced {type(model).__name__} was cut under transformers {config.transformers_version}, whose modules"
             f" are not those of transformers {transformers.__version__}.",
