@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import BundleError, InputError, SystemStateError
+from .errors import BundleError, DeployPruneError, InputError, SystemStateError
 
 if TYPE_CHECKING:
     from .units import SlicePlan
@@ -276,10 +276,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextmanager
-def staging(destination: str | Path) -> Iterator[Bundle]:
+def staging(destination: str | Path, aside: Path | None = None) -> Iterator[Bundle]:
     """Build a new bundle in a hidden folder beside `destination`; removed if the block raises.
 
-    The caller fills it and calls `publish`. Holds a lock, so that two runs cannot write one bundle.
+    The caller fills it and calls `publish`. Holds a lock, so that two runs cannot write one bundle. What was committed
+    before a kill, Ctrl-C or a crash is moved to the folder `aside`, where its artifacts can be taken over from.
     """
     destination = Path(os.path.abspath(destination))
     if destination.exists() and not (destination / "manifest.json").is_file():
@@ -300,13 +301,30 @@ def staging(destination: str | Path) -> Iterator[Bundle]:
     with locked(destination):
         root = destination.parent / f".{destination.name}.staging"
         with disk_errors(root):
+            _set_aside(root, aside)
             shutil.rmtree(root, ignore_errors=True)
             root.mkdir()
         try:
             with disk_errors(destination):
                 yield Bundle(root, Manifest())
+        except DeployPruneError:
+            raise
+        except BaseException:
+            _set_aside(root, aside)
+            raise
         finally:
             shutil.rmtree(root, ignore_errors=True)
+
+
+def _set_aside(root: Path, aside: Path | None) -> None:
+    """Move a half-built bundle in place of an older one, unless it has no artifacts yet."""
+    if aside is None:
+        return
+    with suppress(BundleError):
+        if Bundle.open(root, verify=False).manifest.artifacts:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(root, aside)
 
 
 @contextmanager

@@ -70,9 +70,7 @@ def make_app(
     engine: Engine, *, token: str | None = None, most_bytes: int = 1 << 26, body_seconds: float = 10.0
 ) -> FastAPI:
     """Return the application. Bodies have `most_bytes` at most, and must have arrived after `body_seconds`."""
-    app = FastAPI(
-        title="deploy_prune", version=__version__, docs_url=None, redoc_url=None, strict_content_type=False
-    )
+    app = FastAPI(title="deploy_prune", version=__version__, docs_url=None, redoc_url=None, strict_content_type=False)
     failures = {400: {}, 401: {}, 404: {}, 408: {}, 413: {}, 503: {}, 504: {}}
 
     @app.middleware("http")
