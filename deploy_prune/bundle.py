@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -394,13 +395,25 @@ def disk_errors(where: Path) -> Iterator[None]:
     """Turn a full disk or a read-only folder into an error that says so."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except DeployPruneError:
+        raise
+    except Exception as error:
+        number = _errno(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise SystemStateError(
                 f"The disk is full: could not write {where}.", hint="Free some space, then run it again."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise SystemStateError(
-                f"No permission to write {where}: {error.strerror}.", hint="Get the permission, or write elsewhere."
+                f"No permission to write {where}: {os.strerror(number)}.",
+                hint="Get the permission, or write elsewhere.",
             ) from error
         raise
+
+
+def _errno(error: Exception) -> int | None:
+    """Return the system's number of an error; safetensors and tokenizers, in Rust, have it in their text alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None

@@ -27,7 +27,16 @@ from .heads import Head
 from .late import Late
 from .progress import Reporter, Silent
 from .pruner import prune_rows
-from .resolving import budget_of, calibration_rows, check_kind, check_length, inferred_task, is_label_free, resolve
+from .resolving import (
+    budget_of,
+    calibration_rows,
+    check_guards,
+    check_kind,
+    check_length,
+    inferred_task,
+    is_label_free,
+    resolve,
+)
 from .resume import HALF, Resume, resume_folder, run_key
 from .signature import Signature
 from .stages import Options, PrunedPlan, Recorder, resolve_device
@@ -83,6 +92,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
             raise InputError("Recovery was to use labels, but the training rows have none.", hint="Leave them out.")
         check_length(recipe.seq_len, dense)
         check_kind(recipe, dense)
+        check_guards(recipe, data)
 
         dense.model.to(device)
         budget, options = budget_of(recipe), _options(recipe, label_free)
@@ -330,19 +340,14 @@ def _commit(bundle: Bundle, recorder: Recorder) -> None:
 
 def _guard(bundle: Bundle, recipe: Recipe) -> None:
     """Raise VerdictError when the pruned model is worse than the recipe allows."""
-    found = bundle.manifest.fidelity.get("agreement")
-    if recipe.min_agreement is not None:
-        if found is None:
-            raise InputError("--min-agreement does not apply to this task.", hint="Leave it out.")
-        if found < recipe.min_agreement:
-            raise VerdictError(
-                f"The pruned model agrees with the dense one on {found:.4f} of the rows, not {recipe.min_agreement}.",
-                hint="Keep more FLOPs, or use more samples. No bundle was written.",
-            )
+    found = bundle.manifest.fidelity["agreement"]
+    if recipe.min_agreement is not None and found < recipe.min_agreement:
+        raise VerdictError(
+            f"The pruned model agrees with the dense one on {found:.4f} of the rows, not {recipe.min_agreement}.",
+            hint="Keep more FLOPs, or use more samples. No bundle was written.",
+        )
     if recipe.max_quality_loss is not None:
         values = {name: bundle.manifest.quality[name]["value"] for name in ("dense", "sliced")}
-        if None in values.values():
-            raise InputError("--max-quality-loss needs labelled evaluation data.", hint="Leave it out.")
         loss = 100 * (values["dense"] - values["sliced"])
         if loss > recipe.max_quality_loss:
             raise VerdictError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +28,7 @@ from .registry import Feeds, Kind, Options, Skipped, Source, available_exporters
 if TYPE_CHECKING:
     from torch import nn
 
+FULL_BYTES = 1 << 16  # a disk with less room than this is full
 RECIPE = 3  # raised when the same options make another file
 # Options that only some kinds of file depend on; what a kind itself says is none.
 _STATIC_INT8 = ("calibrate_by", "calibration_rows")
@@ -219,6 +222,8 @@ class Workshop:
         except (DeployPruneError, OSError):
             raise
         except Exception as error:
+            if shutil.disk_usage(path.parent).free < FULL_BYTES:  # torch and onnx do not tell a full disk from others
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
             reason = (str(error).strip().splitlines() or ["it gave no reason"])[0]
             raise VerdictError(f"The build failed: {type(error).__name__}: {reason}") from error
 
