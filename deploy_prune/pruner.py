@@ -15,6 +15,7 @@ from torch import nn
 from .archs import is_convolutional
 from .batches import Batches
 from .calibration import CalibrationStats, calibrate, check_finite
+from .checkpoint import check_weights
 from .compensate import Solver, SweepResult, get_solver, sweep
 from .costs import Budget, Limit
 from .criteria import Criterion, Evidence, get_criterion
@@ -65,6 +66,7 @@ class Pruner:
     ) -> None:
         self.model, self.head, self.rows, self.pad_id, self.residual = model, head, rows, pad_id, residual
         self.reporter, self.keep = reporter or Silent(), keep or Resume()
+        check_weights(model, type(model).__name__)
         self.batches = Batches(rows, head, pad_id)
         self.device = next(model.parameters()).device
         self.surgery = self.find_surgery()
