@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import shutil
 import subprocess
@@ -23,7 +22,6 @@ from deploy_prune.bundle import Bundle
 from deploy_prune.cli import invoke
 from deploy_prune.config import BenchSettings
 from deploy_prune.errors import SystemStateError
-from deploy_prune.runtime_bench import bench as benches
 from deploy_prune.runtime_bench.bench import bench_bundle
 from deploy_prune.stages import Recorder
 
@@ -132,7 +130,7 @@ def test_a_read_only_disk(place: Place, published: Path, tmp_path: Path, capsys:
 def test_two_runs_on_one_bundle(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "b"
     first = subprocess.Popen(
-        [sys.executable, "-m", "deploy_prune", *place.words(out, "--recover-minutes", "0.1")],
+        [sys.executable, "-m", "deploy_prune", *place.words(out, "--recover-minutes", "0.03")],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
@@ -161,29 +159,6 @@ def test_clocks_that_jump_change_nothing(
     made = Bundle.open(tmp_path / "b")
     assert identity(made) == identity(Bundle.open(published))
     assert all(0 <= s.seconds < 600 for s in made.manifest.stages)
-
-
-def test_the_newest_measurement_is_the_last_one_whatever_the_clock_said(
-    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(published, tmp_path / "b")
-    bundle = Bundle.open(tmp_path / "b")
-
-    class Clock(datetime.datetime):
-        year_ = 2035
-
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return datetime.datetime(cls.year_, 1, 1, tzinfo=tz)
-
-    monkeypatch.setattr(benches, "datetime", Clock)
-    settings = {"models": ("sliced",), "runtimes": ("torch",), "seconds": 0.05, "min_rounds": 2, "control": False}
-    for Clock.year_, batches in ((2035, (1,)), (2026, (1, 2))):
-        bench_bundle(bundle, BenchSettings(**settings, warmup_seconds=0.05, batches=batches))
-        bundle.commit()
-    found = benches.latest_bench(Bundle.open(bundle.root))
-    assert [m["batch"] for m in found["measurements"]] == [1, 2]
-    assert {m["samples"] for m in found["measurements"]} == {found["measurements"][1]["samples"]}  # both of 2026
 
 
 GREEDY = """
@@ -235,7 +210,7 @@ def fill_gpu() -> None:
     raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
 
-@pytest.mark.parametrize("ask", [lambda: np.zeros(1 << 60), lambda: torch.zeros(1 << 60), fill_gpu])
+@pytest.mark.parametrize("ask", [lambda: np.zeros(1 << 50), lambda: torch.zeros(1 << 60), fill_gpu])
 def test_a_stage_without_memory_says_so(ask: Callable[[], Any]) -> None:
     recorder = Recorder(torch.device("cpu"))
     with pytest.raises(SystemStateError, match=r"Out of (device )?memory in the stage"), recorder.stage("score"):
