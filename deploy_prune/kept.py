@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def pack_stats(stats: CalibrationStats) -> Kept:
 def unpack_stats(kept: Kept, device: torch.device) -> CalibrationStats:
     """Return calibration's statistics on a device."""
     tensors = {name: t.to(device) for name, t in kept[0].items()}
-    parts: dict[str, dict[str, Tensor]] = {field: {} for field in _FIELDS}
+    parts: dict[str, Any] = {field: {} for field in _FIELDS}
     for name, tensor in tensors.items():
         field, slash, group = name.partition("/")
         if slash:

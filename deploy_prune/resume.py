@@ -10,7 +10,6 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -194,7 +193,6 @@ def _hash_files(paths: Any) -> str:
     return _hash(" ".join(sha256_file(path) for path in sorted(paths)))
 
 
-@cache
 def _source_of(kind: type) -> Path | None:
     try:
         return Path(inspect.getsourcefile(kind) or "")
@@ -204,5 +202,5 @@ def _source_of(kind: type) -> Path | None:
 
 def _hash_classes(model: nn.Module) -> str:
     """Return the hash of the files that define the model's classes, which may be the user's own."""
-    files = {_source_of(type(module)) for module in model.modules()}
+    files = {_source_of(kind) for kind in {type(module) for module in model.modules()}}
     return _hash_files(path for path in files if path is not None and path.is_file())
