@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,7 +26,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from .documents import one_line, parse_json, read_json, read_text
-from .errors import BundleError, InputError, SystemStateError
+from .errors import BundleError, DeployPruneError, InputError, SystemStateError
 from .signing import SIGNATURE, check_signature
 
 if TYPE_CHECKING:
@@ -329,10 +329,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextmanager
-def staging(destination: str | Path) -> Iterator[Bundle]:
+def staging(destination: str | Path, aside: Path | None = None) -> Iterator[Bundle]:
     """Build a new bundle in a hidden folder beside `destination`; removed if the block raises.
 
-    The caller fills it and calls `publish`. Holds a lock, so that two runs cannot write one bundle.
+    The caller fills it and calls `publish`. Holds a lock, so that two runs cannot write one bundle. What was committed
+    before a kill, Ctrl-C or a crash is moved to the folder `aside`, where its artifacts can be taken over from.
     """
     destination = Path(os.path.abspath(destination))
     if destination.exists() and not (destination / "manifest.json").is_file():
@@ -353,13 +354,30 @@ def staging(destination: str | Path) -> Iterator[Bundle]:
     with locked(destination):
         root = destination.parent / f".{destination.name}.staging"
         with disk_errors(root):
+            _set_aside(root, aside)
             shutil.rmtree(root, ignore_errors=True)
             root.mkdir()
         try:
             with disk_errors(destination):
                 yield Bundle(root, Manifest())
+        except DeployPruneError:
+            raise
+        except BaseException:
+            _set_aside(root, aside)
+            raise
         finally:
             shutil.rmtree(root, ignore_errors=True)
+
+
+def _set_aside(root: Path, aside: Path | None) -> None:
+    """Move a half-built bundle in place of an older one, unless it has no artifacts yet."""
+    if aside is None:
+        return
+    with suppress(BundleError):
+        if Bundle.open(root, verify=False).manifest.artifacts:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(root, aside)
 
 
 @contextmanager
@@ -429,13 +447,25 @@ def disk_errors(where: Path) -> Iterator[None]:
     """Turn a full disk or a read-only folder into an error that says so."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except DeployPruneError:
+        raise
+    except Exception as error:
+        number = _errno(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise SystemStateError(
                 f"The disk is full: could not write {where}.", hint="Free some space, then run it again."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise SystemStateError(
-                f"No permission to write {where}: {error.strerror}.", hint="Get the permission, or write elsewhere."
+                f"No permission to write {where}: {os.strerror(number)}.",
+                hint="Get the permission, or write elsewhere.",
             ) from error
         raise
+
+
+def _errno(error: Exception) -> int | None:
+    """Return the system's number of an error; safetensors and tokenizers, in Rust, have it in their text alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None

@@ -126,13 +126,27 @@ def calibrate(
 
 
 def check_finite(stats: CalibrationStats) -> None:
-    """Raise InputError, naming the first group, when a mask gradient is NaN or Inf."""
-    for name, grad in stats.gradients.items():
-        if not bool(torch.isfinite(grad).all()):
-            raise InputError(
-                f"The mask gradients of {name} hold NaN or Inf.",
-                hint="Check the checkpoint and the labels, or calibrate in fp32.",
-            )
+    """Raise InputError, naming the first group, for NaN or Inf, and where no unit's mask changes the loss at all."""
+    hint = "Check the checkpoint and the labels, or calibrate in fp32."
+    for field, what in _STATISTICS.items():
+        for name, values in getattr(stats, field).items():
+            if not bool(torch.isfinite(values).all()):
+                raise InputError(f"The {what} of {name} hold NaN or Inf.", hint=hint)
+    if not bool(torch.isfinite(stats.mean_loss)):
+        raise InputError("The calibration rows' mean loss is NaN or Inf.", hint=hint)
+    if not any(bool(grad.any()) for grad in stats.gradients.values()):
+        raise InputError(
+            "All mask gradients are 0: the loss does not depend on any unit, so none can be told from another.",
+            hint="Check the checkpoint: is its head trained, and does its output change with its input?",
+        )
+
+
+_STATISTICS = {
+    "gradients": "mask gradients",
+    "saliency": "gradients at the output",
+    "activation_squares": "squared activations",
+    "gradient_moments": "gradients' second moments",
+}
 
 
 def sample_indices(total: int, samples: int, seed: int) -> list[int]:

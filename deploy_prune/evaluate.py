@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from .bundle import Bundle
 from .errors import VerdictError
 from .fidelity import fidelity
 from .golden import golden_cases, random_rows
 from .heads import Head
+from .kept import pack_outputs, unpack_outputs
 from .predict import predict
 from .progress import Progress
+from .resume import Resume, hash_inputs, hash_state
 from .signature import Signature
-from .tasks.base import RowOutput, Split, TaskData
+from .tasks.base import Row, RowOutput, Split, TaskData
 from .variants import Variants
 
 
@@ -27,24 +31,34 @@ def evaluate(
     head: Head,
     device: torch.device,
     progress: Progress,
-) -> int:
-    """Measure quality and fidelity, check that sliced equals virtual, store golden cases; return the rows.
+    keep: Resume | None = None,
+) -> dict[str, Any]:
+    """Measure quality and fidelity, check that sliced equals virtual, store golden cases; return the record.
 
-    Without data the models are compared on random inputs and quality stays null. Raises VerdictError
-    when the sliced model differs from the masked one by more than rounding.
+    Without data the models are compared on random inputs and quality stays null. `keep` has the outputs that a killed
+    run had computed; they are scored anew. Raises VerdictError when the sliced model differs from the masked one by
+    more than rounding.
     """
+    keep = keep or Resume()
     manifest = bundle.manifest
     pad_id = int(manifest.model["pad_id"])
     signature = Signature.of_manifest(manifest.model)
     splits: dict[str, Split | None] = dict(data.evals) if data else {"random inputs": None}
-    count = 0
+    record: dict[str, Any] = {}
     for number, (split_name, split) in enumerate(splits.items()):
         rows = split.rows() if split else random_rows(variants.dense, signature, pad_id)
+        of = [split_name, *_identity(variants, rows)] if keep.folder else []
         outputs = {}
         for position, (name, model) in enumerate(variants.items().items()):
             share = Share(progress, number * 3 + position, 3 * len(splits))
-            outputs[name] = predict(model.to(device), head, rows, pad_id=pad_id, progress=share)
-            model.cpu()
+            outputs[name] = keep.stage(
+                f"evaluate {name}",
+                of,
+                record,
+                partial(_outputs, model, head, rows, device, pad_id, share),
+                pack_outputs,
+                unpack_outputs,
+            )
         _check_equal(outputs["virtual"], outputs["sliced"], variants.surgery.tolerance)
         quality = {name: _quality(data, split, out, outputs["dense"]) for name, out in outputs.items()}
         if number:
@@ -56,8 +70,21 @@ def evaluate(
         manifest.fidelity |= {"n": len(rows), "split": split_name}
         for case in golden_cases(variants.items(), head, rows, pad_id):
             bundle.add_golden(case)
-        count = len(rows)
-    return count
+        record["rows"] = len(rows)
+    return record
+
+
+def _outputs(
+    model: nn.Module, head: Head, rows: Sequence[Row], device: torch.device, pad_id: int, progress: Progress
+) -> list[RowOutput]:
+    found = predict(model.to(device), head, rows, pad_id=pad_id, progress=progress)
+    model.cpu()
+    return found
+
+
+def _identity(variants: Variants, rows: Sequence[Row]) -> list[Any]:
+    """Return what tells the outputs of these models on these rows from others of the same run."""
+    return [hash_state(variants.sliced.state_dict()), variants.plan.to_dict(), hash_inputs(rows)]
 
 
 class Share:

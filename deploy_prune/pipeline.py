@@ -8,6 +8,7 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,17 @@ from .heads import Head
 from .late import Late
 from .progress import Reporter, Silent
 from .pruner import prune_rows
-from .resolving import budget_of, calibration_rows, check_kind, check_length, inferred_task, is_label_free, resolve
+from .resolving import (
+    budget_of,
+    calibration_rows,
+    check_guards,
+    check_kind,
+    check_length,
+    inferred_task,
+    is_label_free,
+    resolve,
+)
+from .resume import HALF, Resume, resume_folder, run_key
 from .signature import Signature
 from .stages import Options, PrunedPlan, Recorder, resolve_device
 from .surgery import surgery_of
@@ -43,8 +54,9 @@ VERSIONED = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", 
 
 
 def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True, bench: bool = True) -> Bundle:
-    """Run a recipe and publish its bundle; nothing is left behind, and an old bundle untouched, if it fails.
+    """Run a recipe and publish its bundle; an old bundle is untouched if it fails.
 
+    What a run had finished when it was killed is used by the next one of the same recipe (docs/reliability.md).
     Files that fail to export are left out of the bundle, which is published; VerdictError then names them.
     Raises DeployPruneError: see `errors` for the tree and its exit codes.
     """
@@ -60,7 +72,8 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
     source, task_name, recipe = resolve(recipe, reporter)
     destination = recipe.destination(task_name)
     recipe = recipe.model_copy(update={"out": str(destination)})
-    with staging(destination) as bundle:
+    kept = resume_folder(destination)
+    with staging(destination, aside=kept / HALF) as bundle, ExitStack() as stack:
         head_kind = task_head(task_name)
         dense = load_dense(source, head_kind)
         data = load_task(
@@ -79,34 +92,14 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
             raise InputError("Recovery was to use labels, but the training rows have none.", hint="Leave them out.")
         check_length(recipe.seq_len, dense)
         check_kind(recipe, dense)
+        check_guards(recipe, data)
 
         dense.model.to(device)
-        budget = budget_of(recipe)
-        pruned = prune_rows(
-            dense.model,
-            head,
-            rows,
-            budget,
-            pad_id=dense.pad_id,
-            residual=recipe.cut_residual,
-            options=Options(
-                criterion=recipe.criterion,
-                rearrange=recipe.rearrange,
-                compensate=recipe.compensate,
-                label_free=label_free,
-                min_heads=recipe.min_heads,
-                min_neurons=recipe.min_neurons,
-                align=recipe.align,
-                search=recipe.search,
-                scope=recipe.scope,
-                cache_gb=recipe.cache_gb,
-                steps=recipe.steps,
-                seed=recipe.seed,
-                forward_dtype=recipe.forward_dtype,
-                depth=Depth.of(recipe) if recipe.depth_order == "before" else Depth(),
-            ),
-            reporter=reporter,
-        )
+        budget, options = budget_of(recipe), _options(recipe, label_free)
+        how: dict[str, Any] = {"pad_id": dense.pad_id, "residual": recipe.cut_residual}
+        key = run_key(dense.model, head, rows, budget, options, _versions(), **how)
+        keep = stack.enter_context(Resume(kept, key, reporter.note))
+        pruned = prune_rows(dense.model, head, rows, budget, options=options, reporter=reporter, keep=keep, **how)
         recorder = Recorder(device)
         recorder.records = pruned.stages
         scratch = destination.parent / f".{destination.name}.recovery"
@@ -119,7 +112,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
         bundle.manifest.task = _task_entry(task_name, head, data)
         _fill(bundle, variants, dense, head, recipe.model)
         with recorder.stage("evaluate") as record, reporter.stage("evaluate") as progress:
-            record["rows"] = evaluate(bundle, variants, data, head, device, progress)
+            record |= evaluate(bundle, variants, data, head, device, progress, keep)
         _store(bundle, variants, dense, recorder)
         _guard(bundle, recipe)
         made = _finish(
@@ -131,12 +124,31 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
             export=export,
             bench=bench,
             evaluation=Evaluation(data, rows, head, dense.pad_id),
-            previous=_earlier(destination),
+            previous=_earlier(kept / HALF, destination),
         )
         published = publish(bundle, destination)
         shutil.rmtree(scratch, ignore_errors=True)
     made.check()
     return published
+
+
+def _options(recipe: Recipe, label_free: bool) -> Options:
+    return Options(
+        criterion=recipe.criterion,
+        rearrange=recipe.rearrange,
+        compensate=recipe.compensate,
+        label_free=label_free,
+        min_heads=recipe.min_heads,
+        min_neurons=recipe.min_neurons,
+        align=recipe.align,
+        search=recipe.search,
+        scope=recipe.scope,
+        cache_gb=recipe.cache_gb,
+        steps=recipe.steps,
+        seed=recipe.seed,
+        forward_dtype=recipe.forward_dtype,
+        depth=Depth.of(recipe) if recipe.depth_order == "before" else Depth(),
+    )
 
 
 def slice_given(
@@ -181,7 +193,7 @@ def slice_given(
         bundle.manifest.recipe = recipe.model_dump(mode="json")
         _fill(bundle, variants, dense, head, model)
         with recorder.stage("evaluate") as record, reporter.stage("evaluate") as progress:
-            record["rows"] = evaluate(bundle, variants, task_data, head, torch.device("cpu"), progress)
+            record |= evaluate(bundle, variants, task_data, head, torch.device("cpu"), progress)
         _store(bundle, variants, dense, recorder)
         _finish(bundle, variants.items(), recipe, recorder, reporter, export=False, bench=False)
         return publish(bundle, out)
@@ -197,7 +209,7 @@ def _finish(
     export: bool,
     bench: bool,
     evaluation: Evaluation | None = None,
-    previous: Bundle | None = None,
+    previous: Sequence[Bundle] = (),
 ) -> Exported:
     """Export, measure and report a bundle in place; the last step of every way to make one."""
     from .export import Exported, Options, export_bundle, plan_kinds
@@ -217,10 +229,13 @@ def _finish(
                 models=models,
                 evaluation=evaluation,
                 previous=previous,
+                stored=lambda: _commit(bundle, recorder),  # a kill leaves what is finished
                 progress=Steps(progress, 2 * len(VARIANTS) * len(kinds)),
             )
             record |= {"artifacts": len(made.artifacts), "reused": made.reused, "failures": len(made.failures)}
             _check_graphs(bundle, made.artifacts)
+        if made.reused:
+            reporter.note(f"Exported before, and taken over: {made.reused} of {len(made.artifacts)} files")
         for line in made.left_out():
             reporter.note(line)
         _commit(bundle, recorder)
@@ -235,12 +250,13 @@ def _finish(
     return made
 
 
-def _earlier(destination: Path) -> Bundle | None:
-    """Return the bundle that this run will replace, whose files are taken over where nothing changed."""
-    try:
-        return Bundle.open(destination)
-    except BundleError:
-        return None
+def _earlier(*folders: Path) -> list[Bundle]:
+    """Return the whole bundles among a killed run's and the one to be replaced; what did not change is taken over."""
+    found = []
+    for folder in folders:
+        with suppress(BundleError):
+            found.append(Bundle.open(folder))
+    return found
 
 
 def _check_graphs(bundle: Bundle, artifacts: Sequence[Artifact]) -> None:
@@ -324,19 +340,14 @@ def _commit(bundle: Bundle, recorder: Recorder) -> None:
 
 def _guard(bundle: Bundle, recipe: Recipe) -> None:
     """Raise VerdictError when the pruned model is worse than the recipe allows."""
-    found = bundle.manifest.fidelity.get("agreement")
-    if recipe.min_agreement is not None:
-        if found is None:
-            raise InputError("--min-agreement does not apply to this task.", hint="Leave it out.")
-        if found < recipe.min_agreement:
-            raise VerdictError(
-                f"The pruned model agrees with the dense one on {found:.4f} of the rows, not {recipe.min_agreement}.",
-                hint="Keep more FLOPs, or use more samples. No bundle was written.",
-            )
+    found = bundle.manifest.fidelity["agreement"]
+    if recipe.min_agreement is not None and found < recipe.min_agreement:
+        raise VerdictError(
+            f"The pruned model agrees with the dense one on {found:.4f} of the rows, not {recipe.min_agreement}.",
+            hint="Keep more FLOPs, or use more samples. No bundle was written.",
+        )
     if recipe.max_quality_loss is not None:
         values = {name: bundle.manifest.quality[name]["value"] for name in ("dense", "sliced")}
-        if None in values.values():
-            raise InputError("--max-quality-loss needs labelled evaluation data.", hint="Leave it out.")
         loss = 100 * (values["dense"] - values["sliced"])
         if loss > recipe.max_quality_loss:
             raise VerdictError(

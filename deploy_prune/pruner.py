@@ -15,6 +15,7 @@ from torch import nn
 from .archs import is_convolutional
 from .batches import Batches
 from .calibration import CalibrationStats, calibrate, check_finite
+from .checkpoint import check_weights
 from .compensate import Solver, SweepResult, get_solver, sweep
 from .costs import Budget, Limit
 from .criteria import Criterion, Evidence, get_criterion
@@ -22,10 +23,20 @@ from .criteria.base import Scores
 from .criteria.fisher import PAPER_BATCH_ROWS
 from .depth import choose
 from .heads import Head
+from .kept import (
+    pack_scores,
+    pack_search,
+    pack_stats,
+    pack_sweep,
+    unpack_scores,
+    unpack_search,
+    unpack_stats,
+    unpack_sweep,
+)
 from .masking import Updates, mask_model
 from .progress import Progress, Reporter, Silent
 from .rearrange import rearrange
-from .resume import Resume, pack_scores, pack_stats, pack_sweep, unpack_scores, unpack_stats, unpack_sweep
+from .resume import Kept, Resume
 from .search import Search, search
 from .slicing import slice_model
 from .stages import DTYPES, REFITS, Options, PrunedPlan, Recorder
@@ -55,6 +66,7 @@ class Pruner:
     ) -> None:
         self.model, self.head, self.rows, self.pad_id, self.residual = model, head, rows, pad_id, residual
         self.reporter, self.keep = reporter or Silent(), keep or Resume()
+        check_weights(model, type(model).__name__)
         self.batches = Batches(rows, head, pad_id)
         self.device = next(model.parameters()).device
         self.surgery = self.find_surgery()
@@ -96,7 +108,14 @@ class Pruner:
             scores = self._renewed(scores, stats, limits, options, recorder)
 
         with recorder.stage("search") as record, self.reporter.stage("search"):
-            found = search_units(self.groups, scores, limits, options)
+            found = self.keep.stage(
+                "search",  # kept because a mixed-integer program may end by its time limit
+                [],
+                record,
+                lambda: search_units(self.groups, scores, limits, options),
+                pack_search,
+                unpack_search,
+            )
             masks = found.masks
             plan = SlicePlan.from_masks(self.groups, masks)
             kept = sum(float(scores[g.name][list(plan[g.name].kept)].sum()) for g in self.groups)
@@ -157,7 +176,8 @@ class Pruner:
             return known[0]
         with recorder.stage("calibrate") as record, self.reporter.stage("calibrate") as progress:
             stats = self.keep.stage(
-                f"calibrate {key}, moments {criterion.gradient_moments}",
+                "calibrate",
+                [*key, criterion.gradient_moments],
                 record,
                 lambda: self.statistics(self.model, options, criterion, progress),
                 pack_stats,
@@ -184,7 +204,8 @@ class Pruner:
             return self._scored[key][0]
         with recorder.stage("score") as record, self.reporter.stage("score") as progress:
             scores = self.keep.stage(
-                f"score {key}",
+                "score",
+                key,
                 record,
                 lambda: criterion(self.evidence(self.model, options, stats, progress)),
                 pack_scores,
@@ -202,17 +223,21 @@ class Pruner:
         options: Options,
         recorder: Recorder,
     ) -> Scores:
-        record: dict[str, Any] = {}
-        found = self.keep.stage(
-            f"steps {[x.keep for x in limits]}",
-            record,
+        """Return the scores of the last step but one; a killed run's are used only if it finished all steps."""
+        before = len(recorder.records)
+
+        def unpack(kept: Kept) -> Scores:
+            recorder.records += [{**record, "resumed": True} for record in kept[1]["records"]]
+            return unpack_scores(kept)
+
+        return self.keep.stage(
+            "steps",
+            [x.keep for x in limits],
+            {},
             lambda: self._renew(scores, stats, limits, options, recorder),
-            pack_scores,
-            unpack_scores,
+            lambda renewed: (pack_scores(renewed)[0], {"records": recorder.records[before:]}),
+            unpack,
         )
-        if record:
-            recorder.records.append({"name": "steps", "seconds": 0.0, **record})
-        return found
 
     def _compensated(
         self,
@@ -232,8 +257,10 @@ class Pruner:
             students.append(student)
             return swept
 
-        name = f"compensate {plan.hash} {options.compensate} {options.rearrange}"
-        swept = self.keep.stage(name, record, compute, pack_sweep, lambda kept: unpack_sweep(kept, self.device))
+        of = [plan.hash, options.compensate, options.rearrange]
+        swept = self.keep.stage(
+            "compensate", of, record, compute, pack_sweep, lambda kept: unpack_sweep(kept, self.device)
+        )
         return (students[0] if students else None), swept
 
     def _leave_out(self, options: Options, recorder: Recorder) -> Options:
@@ -241,20 +268,25 @@ class Pruner:
         if not options.depth:
             return options
         with recorder.stage("depth") as record, self.reporter.stage("depth") as progress:
-            found = choose(
-                self.model,
-                self.groups,
-                self.head,
-                self.rows,
-                options.depth,
-                means=options.compensate in REFITS,
-                given=options.left_out,
-                label_free=options.label_free,
-                pad_id=self.pad_id,
-                progress=progress,
-            )
-            record |= found.record(min(options.depth.rows, len(self.rows)))
-        return replace(options, left_out=tuple(found.names))
+
+            def compute() -> dict[str, Any]:
+                found = choose(
+                    self.model,
+                    self.groups,
+                    self.head,
+                    self.rows,
+                    options.depth,
+                    means=options.compensate in REFITS,
+                    given=options.left_out,
+                    label_free=options.label_free,
+                    pad_id=self.pad_id,
+                    progress=progress,
+                )
+                return {"names": found.names, "record": found.record(min(options.depth.rows, len(self.rows)))}
+
+            found = self.keep.stage("depth", [], record, compute, lambda found: ({}, found), lambda kept: kept[1])
+            record |= found["record"]
+        return replace(options, left_out=tuple(found["names"]))
 
     def compensate(
         self,

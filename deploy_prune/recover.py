@@ -28,6 +28,7 @@ from .distil import EVALUATIONS, Distillation, DistilTrainer, Feed, Weights
 from .errors import InputError
 from .heads import Head
 from .progress import Progress
+from .resume import hash_state
 from .tasks.base import Row
 
 MOST_ROWS = 16_384  # training rows that are used where no number is given
@@ -261,7 +262,5 @@ def _key(own: Mapping[str, Tensor], teacher: nn.Module, rows: Sequence[Row], set
     if settings.weights.labels:
         digest.update(repr([np.asarray(row.label).tolist() for row in rows]).encode())
     for state in (own, teacher.state_dict()):
-        for name, tensor in state.items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(hash_state(state).encode())
     return digest.hexdigest()

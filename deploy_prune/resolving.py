@@ -85,6 +85,14 @@ def check_kind(recipe: Recipe, dense: Dense) -> None:
         raise InputError("--cut-residual is for convolutional networks.", hint="Leave it out.")
 
 
+def check_guards(recipe: Recipe, data: TaskData) -> None:
+    """Raise InputError, before anything is computed, for a guard that the task or its data cannot have."""
+    if recipe.min_agreement is not None and data.head in ("regression", "embedding"):
+        raise InputError("--min-agreement does not apply to this task.", hint="Leave it out.")
+    if recipe.max_quality_loss is not None and not (data.evaluation.labelled or data.head == "embedding"):
+        raise InputError("--max-quality-loss needs labelled evaluation data.", hint="Leave it out.")
+
+
 def is_label_free(recipe: Recipe, data: TaskData, dense: Dense) -> bool:
     """Say whether calibration draws its labels from the model. Raises InputError where there are none to read.
 

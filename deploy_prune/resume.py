@@ -3,142 +3,204 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
+import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from .bundle import disk_errors
-from .calibration import CalibrationStats
-from .compensate.layers import GroupLog, SweepResult
-from .criteria.base import Scores
-from .masking import OutputWeights
+from .archs import config_of
+from .bundle import sha256_file
+from .costs import Budget
+from .errors import DeployPruneError
+from .heads import Head
+from .stages import Options
+from .tasks.base import Row
 
-Kept = tuple[dict[str, Tensor], dict[str, Any]]
+FORMAT = 1  # raised when the same stage is laid out in another way
+FREE_SHARE = 4  # a result is kept where it takes at most this part of the free disk: the bundle needs room too
+HALF = "bundle"  # what a killed run had exported: each file has a key of its own, whatever the run's
+Kept = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and plain values
 T = TypeVar("T")
 
 
-class Resume:
-    """Keep the results of one run's stages; what a run of other settings left in the folder is removed.
+def resume_folder(destination: Path) -> Path:
+    """Return where the results of runs that were killed lie: hidden, beside the bundle."""
+    whole = Path(os.path.abspath(destination))
+    return whole.with_name(f".{whole.name}.resume")
 
-    `key` stands for everything that the results depend on. Without a folder nothing is kept.
+
+class Resume:
+    """Keep the results of one run's stages while it runs; another run of the same key reads them.
+
+    `key` stands for everything that the results depend on. The context's end removes all that lies in `root` when the
+    run ended well, and what this run kept when it ended with an error that its user has to mend first. Whatever else
+    ends it (a kill, Ctrl-C, a crash) leaves everything. Without a folder nothing is kept.
     """
 
-    def __init__(self, folder: Path | None = None, key: Mapping[str, Any] | None = None) -> None:
-        self.folder: Path | None = None
-        if folder is None:
+    def __init__(
+        self,
+        root: Path | None = None,
+        key: Mapping[str, Any] | None = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.root, self.note = root, note
+        self.key = _hash(json.dumps({"format": FORMAT, **(key or {})}, sort_keys=True))
+        self.folder = None if root is None else root / self.key[:32]
+
+    def __enter__(self) -> Resume:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.root is None or self.folder is None:
             return
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-        self.folder, self.root = folder / digest[:32], folder
-        with disk_errors(folder):
-            if folder.is_dir():
-                for other in folder.iterdir():
-                    if other != self.folder:
-                        shutil.rmtree(other, ignore_errors=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
+        if error is None:
+            shutil.rmtree(self.root, ignore_errors=True)
+        elif isinstance(error, DeployPruneError):
+            for path in (self.folder, self.root / HALF):
+                shutil.rmtree(path, ignore_errors=True)
+            if self.root.is_dir() and not any(self.root.iterdir()):
+                self.root.rmdir()
 
     def stage(
         self,
         name: str,
+        of: Any,
         record: dict[str, Any],
         compute: Callable[[], T],
         pack: Callable[[T], Kept],
         unpack: Callable[[Kept], T],
     ) -> T:
-        """Return what a killed run had computed for a stage, or compute and keep it; `record` says which."""
-        path = (
-            None
-            if self.folder is None
-            else self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
-        )
-        if path is not None and (found := _read(path)) is not None:
+        """Return what a killed run had computed for a stage, or compute and keep it; the record says which.
+
+        `of` (plain values) tells the stage from others of that name in the same run.
+        """
+        if self.folder is None:
+            return compute()
+        stage = json.dumps([name, of])
+        if (found := self._read(stage)) is not None:
             record["resumed"] = True
+            self.note(f"Resumed: {name}")
             return unpack(found)
         result = compute()
-        if path is not None:
-            _write(path, *pack(result))
+        try:
+            self._write(stage, name, *pack(result))
+        except (OSError, SafetensorError) as error:  # what is kept is a help, and never the reason for a failure
+            self.note(f"The result of '{name}' is not kept for a later run: {error}")
         return result
 
-    def finish(self) -> None:
-        """Remove everything that was kept."""
-        if self.folder is not None:
-            shutil.rmtree(self.root, ignore_errors=True)
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Write a stage's result so that it is there whole or not at all."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with disk_errors(path):
+    def _write(self, stage: str, name: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Write a stage's result, whole or not at all, under a name that holds its hash."""
+        assert self.folder is not None
+        flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        size, free = sum(t.nbytes for t in flat.values()), shutil.disk_usage(self.folder).free
+        if FREE_SHARE * size > free:
+            self.note(f"The result of '{name}' ({size / 1e9:.2f} GB) is not kept: {free / 1e9:.2f} GB are free.")
+            return
+        temporary = self.folder / "half.tmp"
         try:
-            flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-            save_file(flat, temporary, metadata={"values": json.dumps(values)})
+            save_file(flat, temporary, metadata={"key": self.key, "stage": stage, "values": json.dumps(values)})
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary, self.folder / f"{_hash(stage)[:32]}-{sha256_file(temporary)}.safetensors")
         finally:
             temporary.unlink(missing_ok=True)
 
-
-def _read(path: Path) -> Kept | None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file}, json.loads(file.metadata()["values"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+    def _read(self, stage: str) -> Kept | None:
+        """Return a stage's result from a file of the right hash, key and stage, or None."""
+        assert self.folder is not None
+        for path in sorted(self.folder.glob(f"{_hash(stage)[:32]}-*.safetensors")):
+            try:
+                if sha256_file(path) != path.stem.partition("-")[2]:
+                    continue
+                with safe_open(path, framework="pt") as file:
+                    said = file.metadata()
+                    if said["key"] == self.key and said["stage"] == stage:
+                        names = file.keys()
+                        return {name: file.get_tensor(name) for name in names}, json.loads(said["values"])
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+                continue
         return None
 
 
-_FIELDS = ("gradients", "saliency", "activation_squares", "gradient_moments")
+def run_key(
+    model: nn.Module,
+    head: Head,
+    rows: Sequence[Row],
+    budget: Budget,
+    options: Options,
+    versions: Mapping[str, str],
+    **more: Any,
+) -> dict[str, Any]:
+    """Return all that the results of a run's stages depend on, to the last bit."""
+    device = next(model.parameters()).device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    lut = None if budget.lut is None else budget.lut.model_dump(mode="json")
+    return {
+        "code": _hash_files(Path(__file__).parent.rglob("*.py")),
+        "versions": {**versions, "python": platform.python_version()},
+        "machine": [platform.system(), platform.machine(), torch.backends.cpu.get_cpu_capability(), str(device), gpu],
+        "threads": torch.get_num_threads(),
+        "model": [repr(config_of(model)), repr(model), hash_state(model.state_dict()), _hash_classes(model)],
+        "head": asdict(head),
+        "rows": hash_inputs(rows),
+        "budget": {**{name: value for name, value in vars(budget).items() if name != "lut"}, "lut": lut},
+        "options": asdict(options),
+        **more,
+    }
 
 
-def pack_stats(stats: CalibrationStats) -> Kept:
-    """Return calibration's statistics as tensors by name, and plain values."""
-    tensors = {f"{field}/{name}": t for field in _FIELDS for name, t in getattr(stats, field).items()}
-    tensors |= {"tokens": stats.tokens, "mean_loss": stats.mean_loss}
-    return tensors, {n: getattr(stats, n) for n in ("mean_length", "sample_hash", "label_free")}
+def hash_inputs(rows: Sequence[Row]) -> str:
+    """Return the SHA-256 of all that a model sees of the rows, and of their labels, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        for name in sorted(row.features):
+            array = np.ascontiguousarray(row.features[name])
+            digest.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+            digest.update(array.data)
+        digest.update(repr(np.asarray(row.label).tolist()).encode())
+    return digest.hexdigest()
 
 
-def unpack_stats(kept: Kept, device: torch.device) -> CalibrationStats:
-    """Return calibration's statistics on a device."""
-    tensors = {name: t.to(device) for name, t in kept[0].items()}
-    parts: dict[str, Any] = {field: {} for field in _FIELDS}
-    for name, tensor in tensors.items():
-        field, slash, group = name.partition("/")
-        if slash:
-            parts[field][group] = tensor
-    return CalibrationStats(**parts, tokens=tensors["tokens"], mean_loss=tensors["mean_loss"], **kept[1])
+def hash_state(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of named tensors: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
-def pack_scores(scores: Scores) -> Kept:
-    """Return scores as tensors by group."""
-    return {name: torch.from_numpy(array) for name, array in scores.items()}, {}
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def unpack_scores(kept: Kept) -> Scores:
-    """Return scores by group."""
-    return {name: tensor.numpy() for name, tensor in kept[0].items()}
+def _hash_files(paths: Any) -> str:
+    return _hash(" ".join(sha256_file(path) for path in sorted(paths)))
 
 
-def pack_sweep(swept: SweepResult) -> Kept:
-    """Return a sweep's projections and scales as tensors by name, and its log."""
-    tensors = {f"{part}/{name}": getattr(u, part) for name, u in swept.updates.items() for part in ("weight", "bias")}
-    tensors |= {f"scales/{name}": t for name, t in swept.scales.items()}
-    return tensors, {"log": [vars(entry) for entry in swept.log], "state_bytes": swept.state_bytes}
+def _source_of(kind: type) -> Path | None:
+    try:
+        return Path(inspect.getsourcefile(kind) or "")
+    except (OSError, TypeError):
+        return None
 
 
-def unpack_sweep(kept: Kept, device: torch.device) -> SweepResult:
-    """Return a sweep's result on a device."""
-    tensors, values = kept
-    by_part: dict[str, dict[str, Tensor]] = {"weight": {}, "bias": {}, "scales": {}}
-    for name, tensor in tensors.items():
-        part, _, group = name.partition("/")
-        by_part[part][group] = tensor.to(device)
-    updates = {name: OutputWeights(w, by_part["bias"][name]) for name, w in by_part["weight"].items()}
-    log = [GroupLog(**entry) for entry in values["log"]]
-    return SweepResult(updates, by_part["scales"], log, values["state_bytes"])
+def _hash_classes(model: nn.Module) -> str:
+    """Return the hash of the files that define the model's classes, which may be the user's own."""
+    files = {_source_of(kind) for kind in {type(module) for module in model.modules()}}
+    return _hash_files(path for path in files if path is not None and path.is_file())

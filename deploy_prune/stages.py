@@ -118,6 +118,12 @@ class Recorder:
             raise SystemStateError(
                 f"Out of device memory in the stage '{name}'.", hint="Use fewer --samples, or --device cpu."
             ) from error
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # torch's, on the CPU
+                raise
+            raise SystemStateError(
+                f"Out of memory in the stage '{name}'.", hint="Use fewer --samples, or a machine with more memory."
+            ) from error
         if cuda:
             torch.cuda.synchronize(self.device)
             record["device_peak_bytes"] = int(torch.cuda.max_memory_allocated(self.device))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +28,7 @@ from .registry import Feeds, Kind, Options, Skipped, Source, available_exporters
 if TYPE_CHECKING:
     from torch import nn
 
+FULL_BYTES = 1 << 16  # a disk with less room than this is full
 RECIPE = 3  # raised when the same options make another file
 # Options that only some kinds of file depend on; what a kind itself says is none.
 _STATIC_INT8 = ("calibrate_by", "calibration_rows")
@@ -69,16 +72,17 @@ def export_bundle(
     options: Options | None = None,
     models: Mapping[str, nn.Module] | None = None,
     evaluation: Evaluation | None = None,
-    previous: Bundle | None = None,
+    previous: Sequence[Bundle] = (),
+    stored: Callable[[], None] = lambda: None,
     progress: Callable[[str], None] | None = None,
 ) -> Exported:
     """Write each variant in each format and precision; the caller commits the bundle.
 
     `models` gives loaded variants; the others are loaded from the bundle. `evaluation` gives the rows for
     static int8 and for the quality of lower precisions. Files of the same weights and options are taken
-    over from this bundle or from `previous`. A file that fails to build or to match its model is left
-    out and listed. Raises InputError for an unknown format or precision, MissingExtraError for a format
-    that was named and cannot be built here.
+    over from this bundle or from one of `previous`; `stored` is called when a file is in the bundle. A file that
+    fails to build or to match its model is left out and listed. Raises InputError for an unknown format or
+    precision, MissingExtraError for a format that was named and cannot be built here.
     """
     kinds, skipped = plan_kinds(formats, precisions, options or Options())
     _check_length(bundle, options or Options())
@@ -99,6 +103,7 @@ def export_bundle(
             for kind in kinds:
                 if variant != "virtual" or kind.precision == "fp32":
                     shop.deliver(kind)
+                    stored()
     return result
 
 
@@ -121,7 +126,7 @@ class Workshop:
     options: Options
     models: Mapping[str, nn.Module] | None
     evaluation: Evaluation | None
-    previous: Bundle | None
+    previous: Sequence[Bundle]
     result: Exported
     progress: Callable[[str], None] | None
     made: dict[Kind, Made] = field(default_factory=dict)
@@ -217,6 +222,8 @@ class Workshop:
         except (DeployPruneError, OSError):
             raise
         except Exception as error:
+            if shutil.disk_usage(path.parent).free < FULL_BYTES:  # torch and onnx do not tell a full disk from others
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
             reason = (str(error).strip().splitlines() or ["it gave no reason"])[0]
             raise VerdictError(f"The build failed: {type(error).__name__}: {reason}") from error
 
@@ -235,7 +242,7 @@ class Workshop:
     def _taken_over(self, kind: Kind) -> Made | None:
         """Return the same file of this bundle, or a copy of an earlier bundle's, if there is one."""
         key = self._key(kind)
-        for bundle in filter(None, (self.bundle, self.previous)):
+        for bundle in (self.bundle, *self.previous):
             for artifact in bundle.manifest.artifacts:
                 if artifact.key != key or artifact.variant != self.variant or self._unmeasured(artifact):
                     continue

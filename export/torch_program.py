@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,9 @@ class ProgramExporter:
             if kind.dialect == "aoti":
                 torch._inductor.aoti_compile_and_package(program, package_path=str(path))
             else:
-                torch.export.save(program, path, extra_files={SIGNATURE: json.dumps(said | dict(source.metadata))})
+                written = io.BytesIO()  # torch's own file writer aborts the whole process when the disk is full
+                torch.export.save(program, written, extra_files={SIGNATURE: json.dumps(said | dict(source.metadata))})
+                path.write_bytes(written.getbuffer())
         return {"signature": said}
 
     def runner(self, artifact: Artifact, path: Path) -> Runner | str:

@@ -341,13 +341,13 @@ def _store(bundle: Bundle, result: dict[str, Any], samples: dict[str, np.ndarray
 def latest_bench(bundle: Bundle) -> dict[str, Any]:
     """Return the newest measurement of each model in each cell: {"machine", "measurements", "noise", "failures"}.
 
-    Newest first; the machine is that of the newest result, {} when nothing was measured. A measurement also
-    names its "baseline" and its "samples", the bundle's file of its raw runs. Results of an older schema are left out.
+    Newest first, by the manifest's order: a clock may have been set back. The machine is that of the newest result,
+    {} when nothing was measured. A measurement also names its "baseline" and its "samples", the bundle's file of its
+    raw runs. Results of an older schema are left out.
     """
     names = [n for n in bundle.manifest.files if n.startswith("bench/") and n.endswith(".json")]
     results = [json.loads(bundle.path(name).read_text("utf-8")) for name in names]
-    results = [r for r in results if r.get("schema_version") == SCHEMA_VERSION]
-    results.sort(key=lambda r: r["created"], reverse=True)
+    results = [r for r in reversed(results) if r.get("schema_version") == SCHEMA_VERSION]
     merged: dict[tuple[Any, ...], dict[str, Any]] = {}
     noise: dict[tuple[Any, ...], dict[str, Any]] = {}
     failures: list[dict[str, Any]] = []

@@ -106,6 +106,13 @@ BAD_INPUT: list[tuple[str, Callable[[Workplace], None] | None, list[str], int, s
     ("budget longer than the positions", None, ["--seq-len", "49"], 2, "48 positions"),
     ("no such device", None, ["--device", "cuda:63"], 4, "cuda:63"),
     ("unknown device", None, ["--device", "toaster"], 2, "toaster"),
+    (
+        "guard",
+        None,
+        ["--compensate", "none", "--keep-flops", "0.25", "--min-agreement", "1"],
+        1,
+        "agrees with the dense",
+    ),
     ("unknown flag", None, ["--colour", "red"], 2, "--colour"),
 ]
 

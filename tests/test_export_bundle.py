@@ -116,7 +116,7 @@ def test_a_later_bundle_takes_over_from_the_one_it_replaces(tmp_path: Path, monk
     second = Bundle.open(tmp_path / "second")
     second.manifest.artifacts = []
     monkeypatch.setattr("deploy_prune.checkpoint.load_variant", no_work)
-    made = export_bundle(second, variants=["sliced"], options=Options(external_data_above_bytes=1000), previous=first)
+    made = export_bundle(second, variants=["sliced"], options=Options(external_data_above_bytes=1000), previous=[first])
     second.commit()
     assert made.reused == 1
     assert verify_bundle(Bundle.open(second.root)).failures == {}

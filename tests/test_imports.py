@@ -31,7 +31,7 @@ LAYERS = [
     "search rearrange compensate",
     "slicing channel_slicing surgery module_checkpoint renaming checkpoint",
     "depth",
-    "stages runtimes finetune distil recover resume",
+    "stages runtimes finetune distil recover resume kept",
     "pruner channel_pruner serve",
     "export runtime_bench demo demo_text demo_digits",
     "variants golden evaluate resolving",
