@@ -42,7 +42,7 @@ PING_MS = 60_000  # a client that answers none is gone
 AGE_MS = 600_000  # of a connection: one that never ends its request is cut off, all others go on in a new one
 
 
-class Service(stubs.GRPCInferenceServiceServicer):  # type: ignore[misc]
+class Service(stubs.GRPCInferenceServiceServicer):
     """Answer the calls of the protocol; all others are unimplemented."""
 
     def __init__(self, engine: Engine) -> None:
@@ -116,7 +116,7 @@ def decode(request: Any, most_elements: int) -> Arrays:
     return feeds
 
 
-class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class Guard(grpc.aio.ServerInterceptor):
     """Ask for the token, and turn errors into statuses without a trace of the server's insides."""
 
     def __init__(self, token: str | None) -> None:
