@@ -138,7 +138,7 @@ def print_summary(rows: Sequence[dict[str, Any]], where: str, part: str = "encod
     names = list(dict.fromkeys((s["runtime"], s["batch"], s["seq"]) for r in rows for s in r["runtimes"]))
     for runtime, batch, seq in names:
         speeds = [next((s for s in r["runtimes"] if s["runtime"] == runtime), None) for r in rows]
-        where = f"{runtime} {batch}x{seq}"
+        where = f"{runtime} {batch}x{seq}" if seq > 1 else f"{runtime}, batch {batch}"
         line(f"{where} latency", [f"{s['median_ms']:.2f} ms" if s else "-" for s in speeds])
         line("  ratio to dense", [_ratio(s["ratio"]) if s else "-" for s in speeds])
         line("  peak memory", [_scaled(s["peak_rss_bytes"], 1e6, "MB") if s else "-" for s in speeds])
