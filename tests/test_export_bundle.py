@@ -325,6 +325,13 @@ def test_nan_inf_and_anything_above_the_tolerance_fail(bad: float) -> None:
         parity(np.array([[0.0, bad]], np.float32), golden, "classification")
 
 
+def test_large_outputs_may_round_by_more() -> None:
+    golden = case(np.full((1, 2), 200.0, np.float32), [[1, 1]])
+    assert parity(np.full((1, 2), 200.001, np.float32), golden, "regression").status == "passed"
+    with pytest.raises(VerdictError, match="off by"):
+        parity(np.full((1, 2), 200.003, np.float32), golden, "regression")
+
+
 def test_a_wrong_shape_fails_and_no_golden_outputs_means_not_run() -> None:
     golden = case(np.zeros((1, 2), np.float32), [[1, 1]])
     with pytest.raises(VerdictError, match=r"is \(2, 1\), expected \(1, 2\)"):
