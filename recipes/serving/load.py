@@ -248,6 +248,7 @@ def load(
                 rows = (after[1] - runs[1]) / max(after[0] - runs[0], 1) if ours else None
                 entry = {
                     "server": "deploy-prune" if ours else "mlserver",
+                    "bundle": str(bundle),
                     "variant": variant,
                     "precision": precision,
                     "tokens": tokens,
@@ -398,13 +399,15 @@ def edge(
 @app.command()
 def table(path: Path) -> None:
     """Print the lines of `load` as Markdown."""
-    heads = "server | model | clients | requests/s | p50 ms | p99 ms | rows a run | CPU ms | bare CPU ms | more"
+    heads = (
+        "server | bundle | model | clients | requests/s | p50 ms | p99 ms | rows a run | CPU ms | bare CPU ms | more"
+    )
     print(f"| {heads} |\n|{'---|' * len(heads.split(' | '))}")
     for e in map(json.loads, path.read_text().splitlines()):
         rows = "-" if e["rows_per_run"] is None else f"{e['rows_per_run']:.1f}"
         more = f"{100 * (e['server_cpu_ms'] / e['floor_cpu_ms'] - 1):+.1f} %"
         print(
-            f"| {e['server']} | {e['variant']} {e['precision']} | {e['clients']} | {e['per_second']:.1f} "
+            f"| {e['server']} | {e['bundle']} | {e['variant']} {e['precision']} | {e['clients']} | {e['per_second']:.1f} "
             f"| {e['p50_ms']:.1f} | {e['p99_ms']:.1f} | {rows} | {e['server_cpu_ms']:.2f} | {e['floor_cpu_ms']:.2f} "
             f"| {more} |"
         )
