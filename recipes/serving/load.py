@@ -406,11 +406,10 @@ def table(path: Path) -> None:
     for e in map(json.loads, path.read_text().splitlines()):
         rows = "-" if e["rows_per_run"] is None else f"{e['rows_per_run']:.1f}"
         more = f"{100 * (e['server_cpu_ms'] / e['floor_cpu_ms'] - 1):+.1f} %"
-        print(
-            f"| {e['server']} | {e['bundle']} | {e['variant']} {e['precision']} | {e['clients']} | {e['per_second']:.1f} "
-            f"| {e['p50_ms']:.1f} | {e['p99_ms']:.1f} | {rows} | {e['server_cpu_ms']:.2f} | {e['floor_cpu_ms']:.2f} "
-            f"| {more} |"
-        )
+        cells = [e["server"], e["bundle"], f"{e['variant']} {e['precision']}", e["clients"], f"{e['per_second']:.1f}"]
+        cells += [f"{e['p50_ms']:.1f}", f"{e['p99_ms']:.1f}", rows]
+        cells += [f"{e['server_cpu_ms']:.2f}", f"{e['floor_cpu_ms']:.2f}", more]
+        print(f"| {' | '.join(map(str, cells))} |")
 
 
 def append(path: Path, entry: dict[str, Any]) -> None:
