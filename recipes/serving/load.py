@@ -7,6 +7,10 @@ python $L soak shapes/bert-base/0.5 soak.jsonl --minutes 10
 python $L disturb shapes/bert-base/0.5 shapes/bert-base/0.7 --requests 10000  # a reload and a kill in the middle
 python $L table load.jsonl
 python $L edge shapes/bert-base/0.5 --precision int8          # the loader on two threads with 512 MB of memory
+shapes/bert-base is made as recipes/experiments/shapes.py says; a real model's bundle, as docs/serving.md shows it:
+deploy-prune prune minilm-sst2 --task sst2 --data glue/SST-2 --keep-flops 0.7 --samples 1024 --out sst2
+deploy-prune export sst2 --variants dense,sliced --format onnx
+python $L load sst2 load.jsonl --seconds 10 --tokens 32
 The environment mls has `pip install mlserver onnxruntime`. Servers compute on one thread; the clients are this process.
 """
 
