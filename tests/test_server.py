@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import threading
@@ -27,7 +28,7 @@ from deploy_prune.bundle import Bundle
 from deploy_prune.export import export_bundle
 from deploy_prune.serve import load
 from deploy_prune.server.models import Serving
-from deploy_prune.server.run import Server
+from deploy_prune.server.run import Server, log_formatter
 
 HEADS = ("classification", "regression", "token", "qa", "embedding")
 TEXTS = ["a fine film", "dull, dull plot!", "music of x1 and more of it"]
@@ -376,6 +377,13 @@ def test_reloads_lose_no_request(bundles: dict[str, Path], tmp_path: Path) -> No
         ]
     assert wrong == []
     assert count[0] > 10
+
+
+def test_log_lines_have_no_colours() -> None:
+    record = logging.makeLogRecord({"msg": "up", "levelname": "INFO", "color_message": "\x1b[36mup", "port": 1})
+    said = json.loads(log_formatter().format(record))
+    assert {k: said[k] for k in ("message", "level", "port")} == {"message": "up", "level": "INFO", "port": 1}
+    assert "color_message" not in said
 
 
 def test_a_token_is_asked_for(bundles: dict[str, Path]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 from ..errors import InputError, SystemStateError
@@ -191,12 +192,19 @@ class Server:
         return server
 
 
+def log_formatter() -> JsonFormatter:
+    """Return what makes a line of JSON of a log record, without the colours that uvicorn adds."""
+    return JsonFormatter(
+        "%(asctime)s %(levelname)s %(name)s %(message)s",
+        rename_fields={"asctime": "time", "levelname": "level"},
+        reserved_attrs=[*RESERVED_ATTRS, "color_message"],
+    )
+
+
 def structured_logs(level: str = "INFO") -> None:
     """Write each log record as one line of JSON to stderr."""
     handler = logging.StreamHandler()
-    handler.setFormatter(
-        JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", rename_fields={"asctime": "time"})
-    )
+    handler.setFormatter(log_formatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
