@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import parallel
 from .batches import Batches
 from .errors import InputError
 from .heads import Head
@@ -64,39 +65,40 @@ def calibrate(
 
     The mask stands at the output projections' inputs, one row of it per sample, so a single backward
     pass yields per-sample gradients. `label_free` draws the labels from the model's own predictions.
-    `forward_dtype` bf16/fp16 runs forward and backward under autocast; the statistics stay fp32.
+    `forward_dtype` bf16/fp16 runs forward and backward under autocast; the statistics stay fp32. The processes of a
+    team take a part of the batches each, and all get the whole (`parallel`).
 
     Raises InputError for missing labels and for NaN or Inf in the gradients.
     Source: Kwon et al. 2022, section 3.1 (the mask gradients behind its equation 6).
     """
     device = next(model.parameters()).device
     batches = Batches(rows, head, pad_id)
+    total = len(parallel.own(len(batches)))
     gradients = {g.name: torch.zeros(len(rows), g.size, device=device) for g in groups}
     longest = max(r.length for r in rows)
     seen = {g.name: _Sums(g, len(rows), longest, device, gradient_moments) for g in groups}
-    tokens = torch.zeros((), dtype=torch.int64, device=device)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    tokens, loss_sum = parallel.SectionSum((), device), parallel.SectionSum((), device)
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:  # gradients flow to the masks alone
         p.requires_grad_(False)
-    for number, batch in enumerate(batches):
+    for done, batch in enumerate(batches.shared()):
         batch = batch.to(device)
-        size = len(batch.index)
+        size, section = len(batch.index), batch.number % parallel.sections()
         index = torch.tensor(batch.index, device=device)
         with ExitStack() as stack:
             masks = {g.name: torch.ones(size, g.size, device=device, requires_grad=True) for g in groups}
             for g in groups:
                 consumer, sums = model.get_submodule(g.consumer), seen[g.name]
-                before = _mask_hook(masks[g.name], g.width, sums, batch.mask)
+                before = _mask_hook(masks[g.name], g.width, sums, section, batch.mask)
                 stack.callback(consumer.register_forward_pre_hook(before).remove)
-                stack.callback(consumer.register_forward_hook(_gradient_hook(sums, index)).remove)
+                stack.callback(consumer.register_forward_hook(_gradient_hook(sums, section, index)).remove)
             stack.enter_context(torch.enable_grad())
             autocast = forward_dtype != torch.float32
             with torch.autocast(device.type, dtype=forward_dtype if autocast else None, enabled=autocast):
                 outputs = head.outputs(model, batch.inputs)
             outputs = {k: v.float() for k, v in outputs.items()}
             if label_free:
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + batch.number)
                 detached = {k: v.detach() for k, v in outputs.items()}
                 labels = head.draw_labels(detached, batch.mask, generator)
             elif batch.labels is None:
@@ -107,19 +109,19 @@ def calibrate(
             grads = torch.autograd.grad(loss.sum(), [masks[g.name] for g in groups])
         for g, grad in zip(groups, grads, strict=True):
             gradients[g.name].index_copy_(0, index, grad.float())
-        loss_sum += loss.detach().double().sum()
-        tokens += batch.mask.sum()
-        progress((number + 1) / len(batches))
+        loss_sum.add(section, loss.detach().double().sum())
+        tokens.add(section, batch.mask.sum())
+        progress((done + 1) / total)
     for p in trainable:
         p.requires_grad_(True)
     return CalibrationStats(
-        gradients=gradients,
-        saliency={name: sums.saliency for name, sums in seen.items()},
-        activation_squares={name: sums.squares for name, sums in seen.items()},
-        gradient_moments={name: sums.moments for name, sums in seen.items() if sums.moments is not None},
-        tokens=tokens,
+        gradients={name: parallel.fill(rows_of) for name, rows_of in gradients.items()},
+        saliency={name: parallel.fill(sums.saliency) for name, sums in seen.items()},
+        activation_squares={name: sums.squares.total() for name, sums in seen.items()},
+        gradient_moments={name: sums.moments.total() for name, sums in seen.items() if sums.moments is not None},
+        tokens=tokens.total().long(),
         mean_length=float(np.mean([r.length for r in rows])),
-        mean_loss=loss_sum / len(rows),
+        mean_loss=loss_sum.total() / len(rows),
         sample_hash=hash_rows(rows),
         label_free=label_free,
     )
@@ -173,24 +175,25 @@ class _Sums:
     def __init__(self, group: UnitGroup, rows: int, longest: int, device: torch.device, moments: bool) -> None:
         self.width = group.width
         self.saliency = torch.zeros(rows, longest, device=device)
-        self.squares = torch.zeros(group.size, dtype=torch.float64, device=device)
-        d = group.hidden
-        self.moments = torch.zeros(d, d, dtype=torch.float64, device=device) if moments else None
+        self.squares = parallel.SectionSum((group.size,), device)
+        self.moments = parallel.SectionSum((group.hidden, group.hidden), device) if moments else None
 
 
-def _mask_hook(mask: Tensor, width: int, sums: _Sums, attention: Tensor) -> Callable[..., tuple[Any, ...]]:
+def _mask_hook(
+    mask: Tensor, width: int, sums: _Sums, section: int, attention: Tensor
+) -> Callable[..., tuple[Any, ...]]:
     columns = mask if width == 1 else mask.repeat_interleave(width, dim=1)
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]  # (B, T, units * width)
         seen = x.detach() * attention.unsqueeze(-1).to(x.dtype)
-        sums.squares += seen.float().square().sum((0, 1)).reshape(-1, width).sum(1).double()
+        sums.squares.add(section, seen.float().square().sum((0, 1)).reshape(-1, width).sum(1))
         return (x * columns.to(x.dtype)[:, None, :], *args[1:])
 
     return hook
 
 
-def _gradient_hook(sums: _Sums, index: Tensor) -> Callable[..., None]:
+def _gradient_hook(sums: _Sums, section: int, index: Tensor) -> Callable[..., None]:
     """Look at the gradient (B, T, d) when it comes by; padding, which reaches no loss, has none."""
 
     def look(grad: Tensor) -> None:
@@ -198,7 +201,7 @@ def _gradient_hook(sums: _Sums, index: Tensor) -> Callable[..., None]:
         sums.saliency[index, : grad.shape[1]] = grad.square().sum(-1)
         if sums.moments is not None:
             flat = grad.flatten(0, 1)
-            sums.moments += (flat.T @ flat).double()
+            sums.moments.add(section, flat.T @ flat)
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         output.register_hook(look)

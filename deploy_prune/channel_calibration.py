@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import parallel
 from .archs.conv import ChannelGraph, Layer
-from .batches import Batch
+from .batches import Batches
 from .calibration import CalibrationStats
 from .errors import InputError
 from .heads import Head
@@ -21,7 +22,7 @@ def calibrate_channels(
     model: nn.Module,
     graph: ChannelGraph,
     head: Head,
-    feeds: Sequence[Batch],
+    batches: Batches,
     *,
     sample_hash: str = "",
     label_free: bool = False,
@@ -39,17 +40,17 @@ def calibrate_channels(
     Source: Kwon et al. 2022, section 3.1, with channels for heads.
     """
     device = next(model.parameters()).device
-    rows = sum(len(f.index) for f in feeds)
+    rows, total = len(batches.rows), len(parallel.own(len(batches)))
     gradients = {g.name: torch.zeros(rows, g.size, device=device) for g in graph.groups}
-    squares = {g.name: torch.zeros(g.size, dtype=torch.float64, device=device) for g in graph.groups}
+    squares = {g.name: parallel.SectionSum((g.size,), device) for g in graph.groups}
     felt = {x.path: _Felt(x, rows, device, gradient_moments) for x in graph.layers}
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    loss_sum = parallel.SectionSum((), device)
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:  # gradients flow to the masks alone
         p.requires_grad_(False)
     try:
-        for number, batch in enumerate(feeds):
-            batch = batch.to(device)
+        for done, batch in enumerate(batches.shared()):
+            batch, section = batch.to(device), batch.number % parallel.sections()
             index = torch.tensor(batch.index, device=device)
             with ExitStack() as stack:
                 masks = {
@@ -58,15 +59,15 @@ def calibrate_channels(
                 for g in graph.groups:
                     for reader in g.readers:
                         module = model.get_submodule(reader.path)
-                        hook = _mask_hook(masks[g.name], reader.spread, squares[g.name])
+                        hook = _mask_hook(masks[g.name], reader.spread, squares[g.name], section)
                         stack.callback(module.register_forward_pre_hook(hook).remove)
                 for x in graph.layers:
                     module = model.get_submodule(x.norm or x.path)
-                    stack.callback(module.register_forward_hook(felt[x.path].hook(index)).remove)
+                    stack.callback(module.register_forward_hook(felt[x.path].hook(index, section)).remove)
                 stack.enter_context(torch.enable_grad())
                 outputs = head.outputs(model, batch.inputs)
                 if label_free:
-                    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+                    generator = torch.Generator().manual_seed(seed * 1_000_003 + batch.number)
                     detached = {k: v.detach() for k, v in outputs.items()}
                     labels = head.draw_labels(detached, batch.mask, generator)
                 elif batch.labels is None:
@@ -77,26 +78,28 @@ def calibrate_channels(
                 grads = torch.autograd.grad(loss.sum(), [masks[g.name] for g in graph.groups])
             for g, grad in zip(graph.groups, grads, strict=True):
                 gradients[g.name].index_copy_(0, index, grad.float())
-            loss_sum += loss.detach().double().sum()
-            progress((number + 1) / len(feeds))
+            loss_sum.add(section, loss.detach().double().sum())
+            progress((done + 1) / total)
     finally:
         for p in trainable:
             p.requires_grad_(True)
     reached = {path: f for path, f in felt.items() if f.saliency is not None}
     return CalibrationStats(
-        gradients=gradients,
-        saliency={path: f.saliency for path, f in reached.items() if f.saliency is not None},
-        activation_squares=squares,
-        gradient_moments={path: f.moments for path, f in reached.items() if f.moments is not None},
+        gradients={name: parallel.fill(found) for name, found in gradients.items()},
+        saliency={path: parallel.fill(f.saliency) for path, f in reached.items() if f.saliency is not None},
+        activation_squares={name: found.total() for name, found in squares.items()},
+        gradient_moments={path: f.moments.total() for path, f in reached.items() if f.moments is not None},
         tokens=torch.tensor(rows, device=device),
         mean_length=1.0,
-        mean_loss=loss_sum / rows,
+        mean_loss=loss_sum.total() / rows,
         sample_hash=sample_hash,
         label_free=label_free,
     )
 
 
-def _mask_hook(mask: Tensor, spread: int, squares: Tensor) -> Callable[..., tuple[Any, ...]]:
+def _mask_hook(
+    mask: Tensor, spread: int, squares: parallel.SectionSum, section: int
+) -> Callable[..., tuple[Any, ...]]:
     columns = mask if spread == 1 else mask.repeat_interleave(spread, dim=1)
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -104,7 +107,7 @@ def _mask_hook(mask: Tensor, spread: int, squares: Tensor) -> Callable[..., tupl
         linear = isinstance(module, nn.Linear)
         axis = x.dim() - 1 if linear else 1
         seen = x.detach().float().square().sum([a for a in range(x.dim()) if a != axis])
-        squares.add_(seen.reshape(-1, spread).sum(1).double())
+        squares.add(section, seen.reshape(-1, spread).sum(1))
         shape = [len(columns), *[1] * (x.dim() - 1)]
         shape[axis] = columns.shape[1]
         return (x * columns.reshape(shape).to(x.dtype), *args[1:])
@@ -118,21 +121,21 @@ class _Felt:
     def __init__(self, layer: Layer, rows: int, device: torch.device, moments: bool) -> None:
         self.layer, self.rows, self.device = layer, rows, device
         self.saliency: Tensor | None = None
-        self.moments: Tensor | None = None
+        self.moments: parallel.SectionSum | None = None
         self.wants_moments = moments
 
-    def hook(self, index: Tensor) -> Callable[..., None]:
+    def hook(self, index: Tensor, section: int) -> Callable[..., None]:
         def look(grad: Tensor) -> None:
             flat = by_position(grad.float())  # (B, T, d)
             if self.saliency is None:
                 d = flat.shape[2]
                 self.saliency = torch.zeros(self.rows, flat.shape[1], device=self.device)
                 if self.wants_moments:
-                    self.moments = torch.zeros(d, d, dtype=torch.float64, device=self.device)
+                    self.moments = parallel.SectionSum((d, d), self.device)
             self.saliency[index] = flat.square().sum(-1)
             if self.moments is not None:
                 flat = flat.flatten(0, 1)
-                self.moments += (flat.T @ flat).double()
+                self.moments.add(section, flat.T @ flat)
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if output.requires_grad:

@@ -24,7 +24,7 @@ from .errors import InfeasibleBudgetError, InputError
 from .graph_runner import GraphRunner
 from .masking import Updates
 from .progress import Progress
-from .pruner import Pruner, search_units
+from .pruner import Pruner
 from .stages import Options, PrunedPlan
 from .surgery import TRIED_IMAGES, ChannelSurgery, channel_surgery
 from .units import SlicePlan
@@ -79,7 +79,7 @@ class ChannelPruner(Pruner):
             model,
             self.graph,
             self.head,
-            list(self.batches),
+            self.batches,
             sample_hash=hash_rows(self.rows),
             label_free=options.label_free,
             seed=options.seed,
@@ -130,28 +130,30 @@ class ChannelPruner(Pruner):
         options: Options,
         progress: Progress,
     ) -> tuple[nn.Module, SweepResult]:
-        images = [self._images(batch.inputs) for batch in self.batches]
         if options.compensate in FOLDS:
             folded = "fold" in options.compensate
             updates = dict(fold_channels(self.model, self.graph, plan, self._runner(options))) if folded else {}
             if "batch-norm" in options.compensate:
-                updates = dict(renorm(self.model, self.graph, plan, updates, images))
+                every = [self._images(batch.inputs) for batch in self.batches]  # each process runs all: one pass
+                updates = dict(renorm(self.model, self.graph, plan, updates, every))
             swept = SweepResult(updates, {}, [])
         else:
             solver = get_solver(options.compensate.removesuffix(ONLY_CUT))
             larger = [Limit.share(x.table, solver.teacher_keep(x.keep)) for x in limits]
             teacher = self.model
             if any(x.keep < 1.0 for x in larger):  # mask tuning follows a model that is pruned less
-                masks = search_units(self.groups, scores, larger, options).masks
+                masks = self._search(scores, larger, options).masks
                 teacher = ignoring(self.model, self.graph, SlicePlan.from_masks(self.groups, masks))
+            feeds = list(self.batches.shared())
             swept = sweep_channels(
                 self.model,
                 self.graph,
                 plan,
-                images,
-                [batch.index for batch in self.batches],
+                [self._images(batch.inputs) for batch in feeds],
+                [batch.index for batch in feeds],
                 solver,
                 stats.saliency,
+                numbers=[batch.number for batch in feeds],
                 teacher=teacher,
                 only_cut=options.compensate.endswith(ONLY_CUT),
                 progress=progress,
@@ -160,8 +162,9 @@ class ChannelPruner(Pruner):
         return slice_channels(self.model, self.graph, plan, swept.updates), swept
 
     def _runner(self, options: Options) -> GraphRunner:
-        feeds = [self._images(batch.inputs) for batch in self.batches]
-        return GraphRunner(self.model, self.graph.program, feeds, options.cache_bytes)
+        feeds = list(self.batches.shared())
+        images, numbers = [self._images(batch.inputs) for batch in feeds], [batch.number for batch in feeds]
+        return GraphRunner(self.model, self.graph.program, images, options.cache_bytes, numbers)
 
     def _images(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         (images,) = inputs.values()

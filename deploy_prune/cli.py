@@ -15,7 +15,7 @@ from rich.markup import escape
 from . import __version__, cli_export, cli_gate, cli_lab, cli_serve, cli_sign, screen
 from .bundle import Bundle, disk_errors, locked, write_atomically
 from .config import ALLOW_CODE, ALLOW_PICKLE, BenchSettings, Recipe
-from .errors import DeployPruneError, MissingExtraError, SystemStateError, VerdictError
+from .errors import DeployPruneError, DismissedError, MissingExtraError, SystemStateError, VerdictError
 from .flags import BundleArg, Json, recipe_command, settings_command
 from .signature import Signature
 
@@ -84,10 +84,15 @@ def prune(recipe: Recipe, as_json: bool) -> None:
 
 
 def _run(recipe: Recipe, as_json: bool, *, export: bool, bench: bool) -> None:
-    from . import pipeline
+    from . import parallel, pipeline
+    from .stages import resolve_device
 
-    with screen.Bars() as bars:
-        bundle = pipeline.run(recipe, bars, export=export, bench=bench)
+    with parallel.team(resolve_device(recipe.device)):
+        if parallel.rank() > 0:
+            pipeline.assist(recipe)
+            return
+        with screen.Bars() as bars:
+            bundle = pipeline.run(recipe, bars, export=export, bench=bench)
     _finish(bundle, as_json)
 
 
@@ -328,5 +333,7 @@ def invoke(arguments: list[str]) -> int:
 
 
 def _report(error: DeployPruneError, as_json: bool) -> int:
-    screen.print_error(error, as_json)
+    rank = int(os.environ.get("RANK", "0"))  # of a process that torchrun started
+    if not isinstance(error, DismissedError):
+        screen.print_error(error, as_json and not rank, f" in process {rank + 1}" if rank else "")
     return error.exit_code

@@ -72,6 +72,15 @@ class LeftOut:
         """Return what a manifest says of the choice."""
         return {"rows": rows, "loss_before": self.loss_before, "removals": self.log}
 
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the constants as tensors by group, and the rest as plain values."""
+        return self.constants, {"names": self.names, "loss_before": self.loss_before, "log": self.log}
+
+    @classmethod
+    def unpack(cls, kept: tuple[dict[str, Tensor], dict[str, Any]]) -> LeftOut:
+        """Return what `pack` gave, its constants on the CPU."""
+        return cls(constants=kept[0], **kept[1])
+
 
 @torch.no_grad()
 def choose(
@@ -143,7 +152,8 @@ def without(
     for name in left_out.names:
         masks[name][:] = 0.0
     shallow = SlicePlan.from_masks(groups, masks)
-    constants = {g.name: (g, left_out.constants[g.name]) for g in groups if g.name in left_out.constants}
+    device = next(dense.parameters()).device
+    constants = {g.name: (g, left_out.constants[g.name].to(device)) for g in groups if g.name in left_out.constants}
     updates = {name: OutputWeights(c.new_zeros(g.hidden, 0), c) for name, (g, c) in constants.items()}
     whole = scatter(dense, groups, plan, student.state_dict())
     return slice_model(whole, groups, shallow, updates), shallow

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
+from . import parallel
 from .batches import Batch, Batches
 from .heads import Head
 from .progress import Progress
@@ -48,13 +49,18 @@ class Distillation(nn.Module):
     def train(self, mode: bool = True) -> Distillation:
         return super().train(False)
 
-    def forward(self, inputs: dict[str, Tensor], mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the mean loss of a batch, on whose inputs (B, T) both models run."""
+    def forward(
+        self, inputs: dict[str, Tensor], mask: Tensor, labels: Tensor | None = None, share: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Return the mean loss of a batch, on whose inputs (B, T) both models run, times what it counts."""
+        return {"loss": share * self._loss(inputs, mask, labels)}
+
+    def _loss(self, inputs: dict[str, Tensor], mask: Tensor, labels: Tensor | None) -> Tensor:
         if not self.weights.hidden:
             targets = self.targets(inputs)
             with self.autocast():
                 outputs = self.head.outputs(self.student, inputs)
-            return {"loss": self.outputs_loss(outputs, targets, mask, labels).mean()}
+            return self.outputs_loss(outputs, targets, mask, labels).mean()
         with self.autocast():
             with torch.no_grad():
                 wanted = self._teacher[0](**inputs, output_hidden_states=True)
@@ -63,7 +69,7 @@ class Distillation(nn.Module):
         loss = self.outputs_loss(self.head.read(found, inputs), targets, mask, labels).mean()
         pairs = zip(found.hidden_states, wanted.hidden_states, strict=True)
         missed = torch.stack([unexplained(h, y, mask) for h, y in pairs]).mean()
-        return {"loss": loss + self.weights.hidden * missed}
+        return loss + self.weights.hidden * missed
 
     def outputs_loss(
         self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], mask: Tensor, labels: Tensor | None
@@ -133,17 +139,27 @@ class Feed:
         return steps[:count]
 
     def collate(self, steps: list[list[int]]) -> dict[str, Any]:
-        """Return the only step's batch as the arguments of `Distillation`."""
-        batch = self.batches.collate(steps[0])
+        """Return the only step's batch, or this process's part of it, as the arguments of `Distillation`.
+
+        The processes' gradients are averaged: a part counts by its rows, and one without rows runs a row for nothing.
+        """
+        whole, processes = steps[0], parallel.size()
+        part = whole[parallel.rank() :: processes]
+        batch = self.batches.collate(part or whole[:1])
         labels = {} if batch.labels is None else {"labels": batch.labels}
-        return {"inputs": batch.inputs, "mask": batch.mask, **labels}
+        return {
+            "inputs": batch.inputs,
+            "mask": batch.mask,
+            "share": len(part) * processes / len(whole),
+            **labels,
+        }
 
 
 class DistilTrainer(Trainer):
     """Train a Distillation on given steps, judge it on held-out batches, and end with its best weights.
 
     The schedule is AdamW at `lr`, warmed up over a tenth of the steps, then falling by the cosine. Checkpoints lie in
-    `folder`.
+    `folder`, written by the first process of a team; each has the gradients of its part of every step, averaged.
     """
 
     def __init__(
@@ -171,6 +187,8 @@ class DistilTrainer(Trainer):
             optim="adamw_torch_fused" if cuda else "adamw_torch",
             seed=seed,
             use_cpu=not cuda,
+            ddp_backend="nccl" if cuda else "gloo",
+            ddp_find_unused_parameters=True,  # a pooler that no loss reads
             eval_strategy="steps",
             eval_steps=every,
             save_strategy="steps",

@@ -9,6 +9,9 @@ DeployPruneError
 │   └── BundleError                  a corrupted or newer bundle
 ├── MissingExtraError       exit 3   an optional package is not installed
 └── SystemStateError        exit 4   disk full, no such device, no network and an empty cache
+    └── LostProcessError             another process of the same run has ended; what is finished is kept
+
+DismissedError is how the other processes of a run end when the first one fails; it has the first one's exit code.
 """
 
 from __future__ import annotations
@@ -76,3 +79,18 @@ class SystemStateError(DeployPruneError):
     """The machine cannot do it now: disk full, no such device, no network and nothing cached."""
 
     exit_code = 4
+
+
+class LostProcessError(SystemStateError):
+    """A process that worked on the same run is gone; the stages that were finished are kept."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, hint="Run it again: what is finished is kept and used.")
+
+
+class DismissedError(DeployPruneError):
+    """The first process of a team ended with an error that it tells by itself; not shown."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("The first process ended with an error.")
+        self.exit_code = exit_code

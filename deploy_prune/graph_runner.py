@@ -18,13 +18,20 @@ DEFAULT_CACHE_BYTES = 16_000_000_000
 class GraphRunner:
     """Hold every batch's live values before node number `at`; beyond `most_bytes` they are computed anew.
 
-    The nodes read the live model's parameters, so that weights changed in place are seen from there on.
+    The nodes read the live model's parameters, so that weights changed in place are seen from there on. `numbers` are
+    those of the batches among all processes' (default: 0, 1, ...).
     """
 
     def __init__(
-        self, model: nn.Module, program: Any, feeds: Sequence[Tensor], most_bytes: int = DEFAULT_CACHE_BYTES
+        self,
+        model: nn.Module,
+        program: Any,
+        feeds: Sequence[Tensor],
+        most_bytes: int = DEFAULT_CACHE_BYTES,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         self.feeds, self.most_bytes = feeds, most_bytes
+        self.numbers = range(len(feeds)) if numbers is None else numbers
         self.device = next(model.parameters()).device
         self.nodes: list[Node] = list(program.graph.nodes)
         self.place = {node.name: number for number, node in enumerate(self.nodes)}

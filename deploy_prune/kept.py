@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,15 +68,24 @@ def unpack_sweep(kept: Kept, device: torch.device) -> SweepResult:
     return SweepResult(updates, by_part["scales"], log, values["state_bytes"])
 
 
+def pack_masks(masks: MaskSet) -> dict[str, Tensor]:
+    """Return masks as tensors by group."""
+    return {name: torch.from_numpy(mask) for name, mask in masks.items()}
+
+
+def unpack_masks(tensors: Mapping[str, Tensor]) -> MaskSet:
+    """Return masks."""
+    return MaskSet({name: mask.numpy() for name, mask in tensors.items()})
+
+
 def pack_search(found: Search) -> Kept:
     """Return the masks that a search chose as tensors by group, and what it says of them."""
-    tensors = {name: torch.from_numpy(mask) for name, mask in found.masks.items()}
-    return tensors, {"solver": found.solver, "gap": found.gap, "costs": found.costs}
+    return pack_masks(found.masks), {"solver": found.solver, "gap": found.gap, "costs": found.costs}
 
 
 def unpack_search(kept: Kept) -> Search:
     """Return a search's result."""
-    return Search(MaskSet({name: mask.numpy() for name, mask in kept[0].items()}), **kept[1])
+    return Search(unpack_masks(kept[0]), **kept[1])
 
 
 def pack_outputs(outputs: Sequence[RowOutput]) -> Kept:

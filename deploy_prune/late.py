@@ -8,12 +8,13 @@ from pathlib import Path
 
 from torch import nn
 
+from . import parallel
 from .archs import is_convolutional
 from .calibration import sample_indices
 from .checkpoint import Dense
 from .config import Recipe
 from .costs import Budget, counts_of
-from .depth import Depth, choose, without
+from .depth import Depth, LeftOut, choose, without
 from .heads import Head
 from .progress import Reporter
 from .recover import MOST_ROWS, Recovery, recover
@@ -76,16 +77,20 @@ class Late:
         """Leave sub-layers out of a sliced model; its constants are their mean outputs."""
         model, groups = self.dense.model, pruned.groups
         with self.recorder.stage("depth") as record, self.reporter.stage("depth") as progress:
-            left_out = choose(
-                student,
-                [g for g in groups if pruned.plan[g.name].count],
-                self.head,
-                self.rows,
-                depth,
-                teacher=model,
-                label_free=self.label_free,
-                pad_id=self.dense.pad_id,
-                progress=progress,
+            left_out = parallel.first(
+                lambda: choose(
+                    student,
+                    [g for g in groups if pruned.plan[g.name].count],
+                    self.head,
+                    self.rows,
+                    depth,
+                    teacher=model,
+                    label_free=self.label_free,
+                    pad_id=self.dense.pad_id,
+                    progress=progress,
+                ),
+                LeftOut.pack,
+                LeftOut.unpack,
             )
             student, plan = without(student, model, groups, pruned.plan, left_out)
             record |= left_out.record(min(depth.rows, len(self.rows)))

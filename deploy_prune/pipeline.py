@@ -9,13 +9,14 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from . import __version__
+from . import __version__, parallel
 from .archs import max_positions
 from .bundle import VARIANTS, Artifact, Bundle, Stage, disk_errors, publish, staging, write_atomically
 from .checkpoint import Dense, load_config, load_dense, save_sliced
@@ -42,7 +43,7 @@ from .signature import Signature
 from .stages import Options, PrunedPlan, Recorder, resolve_device
 from .surgery import surgery_of
 from .tasks import check_task, load_task, task_head
-from .tasks.base import TaskData
+from .tasks.base import Row, TaskData
 from .tasks.registry import model_head
 from .units import MaskSet, SlicePlan
 from .variants import Variants, count_variants, make_variants
@@ -57,54 +58,27 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
     """Run a recipe and publish its bundle; an old bundle is untouched if it fails.
 
     What a run had finished when it was killed is used by the next one of the same recipe (docs/reliability.md).
-    Files that fail to export are left out of the bundle, which is published; VerdictError then names them.
+    Files that fail to export are left out of the bundle, which is published; VerdictError then names them. In a team
+    (`parallel`) this is the first process's part; the others `assist`.
     Raises DeployPruneError: see `errors` for the tree and its exit codes.
     """
     from .export import Evaluation
 
     reporter = reporter or Silent()
-    device = resolve_device(recipe.device)
-    if recipe.recovers and device.index:
-        raise InputError(
-            f"Recovery trains on the first GPU that is visible, not on {device}.",
-            hint=f"Make it the first: CUDA_VISIBLE_DEVICES={device.index}, with --device cuda.",
-        )
-    source, task_name, recipe = resolve(recipe, reporter)
+    device = _device(recipe)
+    with parallel.first_ahead():
+        source, task_name, recipe = resolve(recipe, reporter)
     destination = recipe.destination(task_name)
     recipe = recipe.model_copy(update={"out": str(destination)})
-    kept = resume_folder(destination)
+    kept, scratch = resume_folder(destination), _scratch(destination)
     with staging(destination, aside=kept / HALF) as bundle, ExitStack() as stack:
-        head_kind = task_head(task_name)
-        dense = load_dense(source, head_kind)
-        data = load_task(
-            task_name,
-            **dense.preparing,
-            config=dense.config,
-            data=recipe.data,
-            max_length=recipe.max_length,
-            text_column=recipe.text_column,
-            label_column=recipe.label_column,
-        )
-        head = Head(head_kind, pooling=recipe.pooling)
-        label_free = is_label_free(recipe, data, dense)
-        rows = calibration_rows(recipe, data, reporter)
-        if recipe.recover_label_share and not data.train.labelled:
-            raise InputError("Recovery was to use labels, but the training rows have none.", hint="Leave them out.")
-        check_length(recipe.seq_len, dense)
-        check_kind(recipe, dense)
-        check_guards(recipe, data)
-
-        dense.model.to(device)
-        budget, options = budget_of(recipe), _options(recipe, label_free)
-        how: dict[str, Any] = {"pad_id": dense.pad_id, "residual": recipe.cut_residual}
-        key = run_key(dense.model, head, rows, budget, options, _versions(), **how)
-        keep = stack.enter_context(Resume(kept, key, reporter.note))
-        pruned = prune_rows(dense.model, head, rows, budget, options=options, reporter=reporter, keep=keep, **how)
+        with parallel.first_ahead():
+            work = Work.load(recipe, source, task_name, device, reporter)
+        dense, head, data = work.dense, work.head, work.data
+        keep = stack.enter_context(Resume(kept, work.key(), reporter.note))
         recorder = Recorder(device)
-        recorder.records = pruned.stages
-        scratch = destination.parent / f".{destination.name}.recovery"
-        late = Late(recipe, dense, head, data, rows, label_free, budget, scratch, recorder, reporter)
-        pruned, recovered = late(pruned)
+        pruned, recovered = work.prune(keep, scratch, recorder, reporter)
+        parallel.disband()  # the others have nothing left to do
         with recorder.stage("slice"):
             variants = make_variants(pruned.surgery, pruned.plan, pruned.updates, recovered)
         bundle.manifest.budget = _budget_entry(pruned)
@@ -123,13 +97,101 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
             reporter,
             export=export,
             bench=bench,
-            evaluation=Evaluation(data, rows, head, dense.pad_id),
+            evaluation=Evaluation(data, work.rows, head, dense.pad_id),
             previous=_earlier(kept / HALF, destination),
         )
         published = publish(bundle, destination)
         shutil.rmtree(scratch, ignore_errors=True)
     made.check()
     return published
+
+
+def assist(recipe: Recipe) -> None:
+    """Take a part of the pruning and the recovery of a run that the first process of a team leads (`parallel`)."""
+    device = _device(recipe)
+    with parallel.first_ahead():
+        source, task_name, recipe = resolve(recipe, Silent())
+    with parallel.first_ahead():
+        work = Work.load(recipe, source, task_name, device, Silent())
+    work.prune(Resume(), _scratch(recipe.destination(task_name)), Recorder(device), Silent())
+
+
+def _device(recipe: Recipe) -> torch.device:
+    device = resolve_device(recipe.device)
+    if recipe.recovers and device.index and not parallel.started_together():
+        raise InputError(
+            f"Recovery trains on the first GPU that is visible, not on {device}.",
+            hint=f"Make it the first: CUDA_VISIBLE_DEVICES={device.index}, with --device cuda.",
+        )
+    return device
+
+
+def _scratch(destination: Path) -> Path:
+    return destination.parent / f".{destination.name}.recovery"
+
+
+@dataclass
+class Work:
+    """Hold what every process of a run loads: the dense model on its device, the task's data, the calibration rows."""
+
+    recipe: Recipe
+    dense: Dense
+    head: Head
+    data: TaskData
+    rows: Sequence[Row]
+    label_free: bool
+
+    @classmethod
+    def load(cls, recipe: Recipe, source: str, task: str, device: torch.device, reporter: Reporter) -> Work:
+        """Load and check everything. Raises InputError or DataError."""
+        dense = load_dense(source, task_head(task))
+        data = load_task(
+            task,
+            **dense.preparing,
+            config=dense.config,
+            data=recipe.data,
+            max_length=recipe.max_length,
+            text_column=recipe.text_column,
+            label_column=recipe.label_column,
+        )
+        head = Head(task_head(task), pooling=recipe.pooling)
+        label_free = is_label_free(recipe, data, dense)
+        rows = calibration_rows(recipe, data, reporter)
+        if recipe.recover_label_share and not data.train.labelled:
+            raise InputError("Recovery was to use labels, but the training rows have none.", hint="Leave them out.")
+        check_length(recipe.seq_len, dense)
+        check_kind(recipe, dense)
+        check_guards(recipe, data)
+        dense.model.to(device)
+        return cls(recipe, dense, head, data, rows, label_free)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """Return what the pruning is told beside budget and options."""
+        return {"pad_id": self.dense.pad_id, "residual": self.recipe.cut_residual}
+
+    def key(self) -> dict[str, Any]:
+        """Return all that the stages' results depend on."""
+        budget, options = budget_of(self.recipe), _options(self.recipe, self.label_free)
+        return run_key(self.dense.model, self.head, self.rows, budget, options, _versions(), **self.how)
+
+    def prune(
+        self, keep: Resume, scratch: Path, recorder: Recorder, reporter: Reporter
+    ) -> tuple[PrunedPlan, nn.Module | None]:
+        """Prune, and recover and shorten what the recipe says; return the plan, and the trained model if there is one.
+
+        The recorder gets the stages' records.
+        """
+        budget, options = budget_of(self.recipe), _options(self.recipe, self.label_free)
+        dense, head = self.dense, self.head
+        pruned = prune_rows(
+            dense.model, head, self.rows, budget, options=options, reporter=reporter, keep=keep, **self.how
+        )
+        recorder.records = pruned.stages
+        late = Late(
+            self.recipe, dense, head, self.data, self.rows, self.label_free, budget, scratch, recorder, reporter
+        )
+        return late(pruned)
 
 
 def _options(recipe: Recipe, label_free: bool) -> Options:

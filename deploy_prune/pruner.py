@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from . import parallel
 from .archs import is_convolutional
 from .batches import Batches
 from .calibration import CalibrationStats, calibrate, check_finite
@@ -21,13 +22,15 @@ from .costs import Budget, Limit
 from .criteria import Criterion, Evidence, get_criterion
 from .criteria.base import Scores
 from .criteria.fisher import PAPER_BATCH_ROWS
-from .depth import choose
+from .depth import LeftOut, choose
 from .heads import Head
 from .kept import (
+    pack_masks,
     pack_scores,
     pack_search,
     pack_stats,
     pack_sweep,
+    unpack_masks,
     unpack_scores,
     unpack_search,
     unpack_stats,
@@ -112,7 +115,7 @@ class Pruner:
                 "search",  # kept because a mixed-integer program may end by its time limit
                 [],
                 record,
-                lambda: search_units(self.groups, scores, limits, options),
+                lambda: self._search(scores, limits, options),
                 pack_search,
                 unpack_search,
             )
@@ -137,7 +140,7 @@ class Pruner:
             recorder.skip("rearrange", why)
         else:
             with recorder.stage("rearrange") as record, self.reporter.stage("rearrange"):
-                masks, objectives = rearrange(self.groups, masks, _gradients(stats, options))
+                masks, objectives = self._rearrange(masks, stats, options)
                 plan = SlicePlan.from_masks(self.groups, masks)
                 record |= {
                     "fisher_granularity": options.rearrange,
@@ -164,6 +167,22 @@ class Pruner:
                     "state_bytes": swept.state_bytes,
                 }
         return result
+
+    def _search(self, scores: Scores, limits: Sequence[Limit], options: Options) -> Search:
+        return parallel.first(
+            lambda: search_units(self.groups, scores, limits, options),
+            pack_search,
+            unpack_search,
+        )
+
+    def _rearrange(
+        self, masks: MaskSet, stats: CalibrationStats, options: Options
+    ) -> tuple[MaskSet, dict[str, tuple[float, float]]]:
+        return parallel.first(
+            lambda: rearrange(self.groups, masks, _gradients(stats, options)),
+            lambda found: (pack_masks(found[0]), {"objectives": found[1]}),
+            lambda kept: (unpack_masks(kept[0]), {name: tuple(o) for name, o in kept[1]["objectives"].items()}),
+        )
 
     def _calibrate(self, options: Options, criterion: Criterion, recorder: Recorder) -> CalibrationStats | None:
         if criterion.data_free and options.rearrange == options.compensate == "none":
@@ -269,8 +288,8 @@ class Pruner:
             return options
         with recorder.stage("depth") as record, self.reporter.stage("depth") as progress:
 
-            def compute() -> dict[str, Any]:
-                found = choose(
+            def compute() -> LeftOut:
+                return choose(
                     self.model,
                     self.groups,
                     self.head,
@@ -282,11 +301,17 @@ class Pruner:
                     pad_id=self.pad_id,
                     progress=progress,
                 )
-                return {"names": found.names, "record": found.record(min(options.depth.rows, len(self.rows)))}
 
-            found = self.keep.stage("depth", [], record, compute, lambda found: ({}, found), lambda kept: kept[1])
-            record |= found["record"]
-        return replace(options, left_out=tuple(found["names"]))
+            found = self.keep.stage(
+                "depth",
+                [],
+                record,
+                lambda: parallel.first(compute, LeftOut.pack, LeftOut.unpack),
+                LeftOut.pack,
+                LeftOut.unpack,
+            )
+            record |= found.record(min(options.depth.rows, len(self.rows)))
+        return replace(options, left_out=tuple(found.names))
 
     def compensate(
         self,
@@ -321,7 +346,7 @@ class Pruner:
             with recorder.stage(f"step {step}") as record, self.reporter.stage(f"step {step}") as progress:
                 done = 1 - (1 - step / options.steps) ** 3
                 partly = [Limit.share(x.table, 1 - (1 - x.keep) * done) for x in limits]
-                plan = SlicePlan.from_masks(self.groups, search_units(self.groups, scores, partly, options).masks)
+                plan = SlicePlan.from_masks(self.groups, self._search(scores, partly, options).masks)
                 student, swept = None, SweepResult({}, {}, [])
                 if options.compensate != "none":
                     student, swept = self.compensate(plan, scores, stats, partly, options, lambda x: progress(x / 2))
@@ -379,7 +404,7 @@ class Pruner:
         """Return what runs a model layer by layer; that of the dense model is made once."""
         if model is self.model and self._dense is not None:
             return self._dense
-        feeds = list(self.batches)
+        feeds = list(self.batches.shared())
         size = state_bytes(self.groups, feeds, self.device, options.cache_bytes)
         where = "on the GPU" if self.device.type == "cuda" else "in mapped files"
         self.reporter.note(f"Hidden states: {size / 1e9:.2f} GB {where} (at most {options.cache_gb:g} GB)")
@@ -397,9 +422,9 @@ class Pruner:
         larger = [Limit.share(limit.table, solver.teacher_keep(limit.keep)) for limit in limits]
         if all(limit.keep >= 1.0 for limit in larger):
             return self._run_of(self.model, options)
-        masks = search_units(self.groups, scores, larger, options).masks
+        masks = self._search(scores, larger, options).masks
         if options.rearrange != "none":
-            masks, _ = rearrange(self.groups, masks, _gradients(stats, options))
+            masks, _ = self._rearrange(masks, stats, options)
         return self._run_of(slice_model(self.model, self.groups, SlicePlan.from_masks(self.groups, masks)), options)
 
 

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from . import parallel
 from .batches import Batch, Batches
 from .bundle import disk_errors, write_atomically
 from .calibration import hash_rows
@@ -94,7 +95,7 @@ def recover(
     A part of the rows is held out. The student ends with the weights that did best on it, or with its own where
     none did better ("kept" is false then). Labels are not read unless `settings.weights.labels` is above 0. With
     a `folder` a run that was killed goes on from its last checkpoint when it is called again with the same models,
-    rows and settings; the folder is the caller's to remove.
+    rows and settings; the folder is the caller's to remove. The processes of a team take a part of every batch each.
 
     Raises InputError for too few rows, or missing labels.
     Source: Hinton et al. 2015 (outputs); Romero et al. 2014, FitNets (hidden states).
@@ -111,7 +112,8 @@ def recover(
         stack.enter_context(disk_errors(folder))
         scratch = Scratch(folder, _key(own, teacher, rows, settings))
         if scratch.known.get("record"):
-            student.load_state_dict(load_file(folder / RESULT), strict=True)
+            finished = parallel.agree((load_file(folder / RESULT), {}) if parallel.rank() == 0 else None)
+            student.load_state_dict((finished or ({}, {}))[0], strict=True)
             return {**scratch.known["record"], "reused": True}
         stack.enter_context(quiet_transformers())
         stack.enter_context(_trainable(student))
@@ -119,7 +121,7 @@ def recover(
         feed = Feed(train, head, pad_id, settings.batch_rows, settings.seed)
         judges = [batch.to(model.device) for batch in Batches(held, head, pad_id)]
         if "steps" not in scratch.known:
-            scratch.note(**_plan(model, feed, judges, settings))
+            scratch.note(**parallel.agree_values(_plan(model, feed, judges, settings)))
         trainer = DistilTrainer(
             model,
             feed,
@@ -158,15 +160,19 @@ def recover(
 
 
 class Scratch:
-    """Keep a run's state in a folder, so that it can go on; what another run left there is removed."""
+    """Keep a run's state in a folder, so that it can go on; what another run left there is removed.
+
+    Of a team the first process writes and reads it, and the others know what it knows.
+    """
 
     def __init__(self, folder: Path, key: str) -> None:
-        self.folder = folder
+        self.folder, self.writes = folder, parallel.rank() == 0
         folder.mkdir(parents=True, exist_ok=True)
         try:
             self.known: dict[str, Any] = json.loads((folder / STATE).read_text("utf-8"))
         except (OSError, ValueError):
             self.known = {}
+        self.known = parallel.agree_values(self.known)
         if self.known.get("key") != key:
             self._clear()
             self.known = {}
@@ -175,10 +181,17 @@ class Scratch:
     def note(self, **values: Any) -> None:
         """Remember values."""
         self.known |= values
-        write_atomically(self.folder / STATE, json.dumps(self.known) + "\n")
+        if self.writes:
+            write_atomically(self.folder / STATE, json.dumps(self.known) + "\n")
 
     def last_checkpoint(self) -> Path | None:
-        """Return the newest complete checkpoint; what was not written to its end is removed."""
+        """Return the newest complete checkpoint that every process finds; what was not written to its end is removed."""
+        newest = self._newest() if self.writes else None
+        name = parallel.agree_values({"name": newest and newest.name})["name"]
+        everywhere = parallel.least(bool(name) and (self.folder / name).is_dir())
+        return self.folder / name if everywhere else None
+
+    def _newest(self) -> Path | None:
         found = []
         for path in self.folder.glob("checkpoint-*"):
             try:  # the trainer writes its state last
@@ -189,12 +202,16 @@ class Scratch:
 
     def finish(self, student: nn.Module, record: Mapping[str, Any]) -> None:
         """Keep the result in the checkpoints' place."""
+        if not self.writes:
+            return
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
         save_file(state, self.folder / RESULT)
         self.note(record=record)
         self._clear(keep=(STATE, RESULT))
 
     def _clear(self, keep: Sequence[str] = ()) -> None:
+        if not self.writes:
+            return
         for path in self.folder.glob("checkpoint-*"):
             shutil.rmtree(path)
         for name in {STATE, RESULT} - set(keep):
@@ -234,7 +251,9 @@ def _seconds_per_step(model: Distillation, feed: Feed) -> float:
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    return {k: _to(v, device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)
+    if isinstance(value, dict):
+        return {k: _to(v, device) for k, v in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _wait(device: torch.device) -> None:

@@ -20,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import parallel
 from .archs import config_of
 from .bundle import sha256_file
 from .costs import Budget
-from .errors import DeployPruneError
+from .errors import DeployPruneError, LostProcessError
 from .heads import Head
 from .stages import Options
 from .tasks.base import Row
@@ -69,7 +70,7 @@ class Resume:
             return
         if error is None:
             shutil.rmtree(self.root, ignore_errors=True)
-        elif isinstance(error, DeployPruneError):
+        elif isinstance(error, DeployPruneError) and not isinstance(error, LostProcessError):
             for path in (self.folder, self.root / HALF):
                 shutil.rmtree(path, ignore_errors=True)
             if self.root.is_dir() and not any(self.root.iterdir()):
@@ -86,16 +87,18 @@ class Resume:
     ) -> T:
         """Return what a killed run had computed for a stage, or compute and keep it; the record says which.
 
-        `of` (plain values) tells the stage from others of that name in the same run.
+        `of` (plain values) tells the stage from others of that name in the same run. Of a team the first process keeps
+        and reads, and hands on what it read.
         """
-        if self.folder is None:
-            return compute()
         stage = json.dumps([name, of])
-        if (found := self._read(stage)) is not None:
+        found = None if self.folder is None else self._read(stage)
+        if (found := parallel.agree(found)) is not None:
             record["resumed"] = True
             self.note(f"Resumed: {name}")
             return unpack(found)
         result = compute()
+        if self.folder is None:
+            return result
         try:
             self._write(stage, name, *pack(result))
         except (OSError, SafetensorError) as error:  # what is kept is a help, and never the reason for a failure

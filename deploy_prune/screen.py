@@ -73,13 +73,14 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, default=str))
 
 
-def print_error(error: DeployPruneError, as_json: bool) -> None:
-    """Print what is wrong and how to mend it."""
+def print_error(error: DeployPruneError, as_json: bool, who: str = "") -> None:
+    """Print what is wrong and how to mend it; `who` names one of several processes."""
     if as_json:
         print_json({"error": type(error).__name__, "message": error.message, "hint": error.hint})
-    err.print(f"[bold red]Error:[/] {escape(error.message)}", highlight=False)
+    lines = [f"[bold red]Error{who}:[/] {escape(error.message)}"]
     if error.hint:
-        err.print(f"  {escape(error.hint)}", highlight=False)
+        lines.append(f"  {escape(error.hint)}")
+    err.print("\n".join(lines), highlight=False)
 
 
 def print_internal_error(error: BaseException) -> None:

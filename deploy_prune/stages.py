@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -144,8 +145,10 @@ def resolve_device(name: str) -> torch.device:
 
     Raises InputError for another word, SystemStateError for a device that is not there.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name in ("auto", "cuda") and torch.cuda.is_available():  # of a team each process has a GPU of its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+    elif name == "auto":
+        name = "cpu"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):

@@ -12,6 +12,7 @@ from .archs import per_layer
 from .batches import Batch
 from .heads import Head
 from .layerwise import DEFAULT_CACHE_BYTES, LayerRunner, StateCache, States, Taps, room
+from .parallel import neighbours
 from .units import UnitGroup
 
 STUDENT_ARRAYS = 2  # of hidden states that whoever follows keeps: a layer's inputs, and those of its attention's output
@@ -22,7 +23,7 @@ class Teacher:
     """Run a model over batches, one layer after another, and keep what each sub-layer adds up to.
 
     A target is what a sub-layer and its residual add up to (B, T, d). Those of all layers are kept where they fit into
-    `most_bytes` and half of the free room, so that later scores and budgets run nothing again; otherwise those of
+    `most_bytes` and half of the free room (shared with the other processes of this machine), so that later scores and budgets run nothing again; otherwise those of
     one layer at a time, and of as many batches as fit.
     """
 
@@ -132,6 +133,6 @@ def _plan(
         return StateCache(feeds, hidden, arrays, device, share), most_bytes - share
 
     every, spare = teacher(1 + len(groups))  # its own states, and each group's targets
-    if used_again and every.kept_bytes == every.needed_bytes <= room(device) // 2:
+    if used_again and every.kept_bytes == every.needed_bytes <= room(device) // (2 * neighbours()):
         return True, every, spare
     return False, *teacher(1 + max(len(part) for part in per_layer(groups)))

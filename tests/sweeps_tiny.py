@@ -24,4 +24,4 @@ def ragged_plan(model: Any) -> tuple[tuple[UnitGroup, ...], SlicePlan]:
 
 def teacher(model: Any, groups: tuple[UnitGroup, ...], rows: Any, pad_id: int = 0, **settings: Any) -> Teacher:
     head = Head("classification")
-    return Teacher(model, groups, head, list(Batches(rows, head, pad_id)), **settings)
+    return Teacher(model, groups, head, list(Batches(rows, head, pad_id).shared()), **settings)

@@ -24,7 +24,7 @@ from deploy_prune.errors import InputError
 from deploy_prune.heads import Head
 from deploy_prune.layerwise import Taps
 from deploy_prune.masking import mask_model
-from deploy_prune.moments import Moments, gram
+from deploy_prune.moments import Moments, MomentSums, gram
 from deploy_prune.predict import predict
 from deploy_prune.pruner import prune_rows, with_scales
 from deploy_prune.slicing import slice_model
@@ -42,8 +42,9 @@ def weighted_problem(seed: int = 0, n: int = 6, d: int = 5, weighted: bool = Tru
     y = torch.randn(3, 40, d, generator=g) + h @ torch.randn(n, d, generator=g)
     weight = 0.5 + torch.rand(3, 40, generator=g) if weighted else torch.ones(3, 40)
     weight[1, 25:] = 0
-    moments = Moments(n, d, h.device)
-    moments.add(h, y, weight)
+    sums = MomentSums(n, d, h.device)
+    sums.add(h, y, weight)
+    moments = sums.total()
     keep = weight.bool()
     root = weight[keep].double().sqrt().unsqueeze(1)  # what a weighted fit does to its equations
     equations = h[keep].double() * root, y[keep].double() * root
@@ -85,10 +86,12 @@ def test_the_ridge_is_the_best_on_held_out_tokens(noise: float) -> None:
     g = torch.Generator().manual_seed(0)
     n, d, w0 = 30, 5, torch.zeros(5, 30)
     truth = torch.randn(n, d, generator=g)
-    fit, held = (Moments(n, d, w0.device) for _ in range(2))
-    for moments in (fit, held):
-        h = torch.randn(1, 40, n, generator=g)
-        moments.add(h, h @ truth + noise * torch.randn(1, 40, d, generator=g), torch.ones(1, 40))
+    both = []
+    for _ in range(2):
+        h, sums = torch.randn(1, 40, n, generator=g), MomentSums(n, d, w0.device)
+        sums.add(h, h @ truth + noise * torch.randn(1, 40, d, generator=g), torch.ones(1, 40))
+        both.append(sums.total())
+    fit, held = both
     found = Refit().solve(group(), w0, torch.zeros(d), fit, held)
     errors = [float(held.residual(*_ridge_fit(w0, fit, torch.tensor(r))[:2])) for r in RIDGES]
     assert float(found.ridge) == RIDGES[int(np.argmin(errors))] == (RIDGES[-1] if noise else RIDGES[0])  # type: ignore[arg-type]
@@ -98,18 +101,18 @@ def test_the_ridge_is_the_best_on_held_out_tokens(noise: float) -> None:
 
 def test_refit_without_inputs_is_the_mean() -> None:
     _, y, _, b0, _ = problem()
-    moments = Moments(0, 5, y.device)
-    moments.add(torch.zeros(1, len(y), 0), y.float().unsqueeze(0), torch.ones(1, len(y)))
-    found = Refit().solve(group(), torch.zeros(5, 0), b0, moments)
+    sums = MomentSums(0, 5, y.device)
+    sums.add(torch.zeros(1, len(y), 0), y.float().unsqueeze(0), torch.ones(1, len(y)))
+    found = Refit().solve(group(), torch.zeros(5, 0), b0, sums.total())
     assert torch.allclose(found.bias.double(), y.mean(0), atol=1e-5)
 
 
 def test_refit_of_dead_inputs_keeps_the_weights() -> None:
     """A head or neuron that never fires gives a singular Gram matrix."""
     _, y, w0, b0, _ = problem()
-    moments = Moments(6, 5, y.device)
-    moments.add(torch.zeros(1, len(y), 6), y.float().unsqueeze(0), torch.ones(1, len(y)))
-    found = Refit().solve(group(), w0, b0, moments)
+    sums = MomentSums(6, 5, y.device)
+    sums.add(torch.zeros(1, len(y), 6), y.float().unsqueeze(0), torch.ones(1, len(y)))
+    found = Refit().solve(group(), w0, b0, sums.total())
     assert found.decline_reason() is None
     assert torch.allclose(found.weight, w0)
 
@@ -209,14 +212,14 @@ def test_a_parallel_refit_follows_the_dense_model_alone() -> None:
     swept = sweep(student, teacher(model, groups, rows), groups, plan, head, batches, Refit(ridge=1e-3, parallel=True))
     g = next(g for g in groups if g.name == "L02.heads")
     consumer: Any = model.get_submodule(g.consumer)
-    moments = Moments(plan[g.name].count * g.width, g.hidden, torch.device("cpu"))
+    sums = MomentSums(plan[g.name].count * g.width, g.hidden, torch.device("cpu"))
     for batch in batches:
         with Taps({"c": consumer}) as taps, torch.no_grad():
             model(**batch.inputs)
         h = taps.inputs["c"][..., g.columns(plan[g.name].kept)]
-        moments.add(h, taps.outputs["c"], batch.inputs["attention_mask"])
+        sums.add(h, taps.outputs["c"], batch.inputs["attention_mask"], batch.number)
     weight = consumer.weight[:, g.columns(plan[g.name].kept)]
-    expected = Refit(ridge=1e-3).solve(g, weight, consumer.bias, moments)
+    expected = Refit(ridge=1e-3).solve(g, weight, consumer.bias, sums.total())
     assert torch.allclose(swept.updates[g.name].weight, expected.weight, atol=1e-5)
     assert torch.allclose(swept.updates[g.name].bias, expected.bias, atol=1e-5)
 

@@ -48,8 +48,7 @@ def rows(family: str, count: int = 40, seed: int = 0) -> list[Row]:
 def test_mask_gradients_are_those_of_single_images(family: str) -> None:
     model, data = tiny_cnn(family), rows(family, 5)
     graph = trace_channels(model, tiny_images(family), residual=True)
-    feeds = list(Batches(data, HEAD, 0))
-    stats = calibrate_channels(model, graph, HEAD, feeds, gradient_moments=True)
+    stats = calibrate_channels(model, graph, HEAD, Batches(data, HEAD, 0), gradient_moments=True)
     masks = MaskSet.ones(graph.groups)
     step = 1e-3
 

@@ -26,7 +26,7 @@ from deploy_prune.slicing import slice_model
 def test_states_that_are_not_kept_are_computed_anew(share: float, whole: bool) -> None:
     model, head, rows = tiny_model("bert"), Head("classification"), tiny_rows(96)
     groups, plan = ragged_plan(model)
-    feeds = list(Batches(rows, head, 0))
+    feeds = list(Batches(rows, head, 0).shared())
     needed = StateCache(feeds, 32, len(groups) + 3, torch.device("cpu")).needed_bytes
     found = []
     for settings in ({"used_again": False}, {"most_bytes": int(share * needed)}):

@@ -14,7 +14,8 @@ from ..channel_calibration import by_position
 from ..channel_masking import read_projection, write_projection
 from ..graph_runner import DEFAULT_CACHE_BYTES, GraphRunner
 from ..masking import OutputWeights
-from ..moments import Moments
+from ..moments import Moments, MomentSums
+from ..parallel import ordered
 from ..patches import patches, some_positions
 from ..progress import Progress
 from ..units import Reader, SlicePlan
@@ -32,6 +33,7 @@ def sweep_channels(
     solver: Solver,
     saliency: Mapping[str, Tensor] | None = None,
     *,
+    numbers: Sequence[int] | None = None,
     teacher: nn.Module | None = None,
     only_cut: bool = False,
     progress: Progress = lambda share: None,
@@ -42,13 +44,15 @@ def sweep_channels(
     A layer is a convolution or Linear with the batch norm behind it. Its target is the dense model's output, plus what
     is added to it there, less what is added to it here: y = z_T + r_T - r_S. All layers from the first cut on are
     refitted, since what they read has changed; `only_cut` leaves it at those that lost inputs. `feeds` are batches of
-    images, `index` their rows in `saliency` (rows, positions), by which a part of the positions' weight is dealt out.
+    images, `index` their rows in `saliency` (rows, positions), by which a part of the positions' weight is dealt out,
+    `numbers` those of the batches among all processes' (default: 0, 1, ...).
     The pruned copy keeps the dense shapes: its cut channels are computed and read by nothing. `teacher` is followed in
     the dense model's place; it has the same shapes.
     """
     student = ignoring(model, graph, plan)
     teacher_runs = GraphRunner(teacher or model, graph.program, feeds, cache_bytes // 2)
     student_runs = GraphRunner(student, graph.program, feeds, cache_bytes // 2)
+    numbers = range(len(feeds)) if numbers is None else numbers
     result = SweepResult({}, {}, [])
     todo = refittable(graph, plan, only_cut)
     for number, layer in enumerate(todo):
@@ -56,7 +60,7 @@ def sweep_channels(
         student_runs.advance(layer.node)
         site = Site(student, graph, plan, layer)
         fit, held = site.moments(), site.moments() if solver.holds_out else None
-        for batch in range(len(feeds)):
+        for batch, counted in ordered(numbers):
             y, *r_t = teacher_runs.values(batch, [n for n in (layer.output, layer.partner) if n])
             x, *r_s = student_runs.values(batch, [n for n in (layer.source, layer.partner) if n])
             y = by_position(y + r_t[0] - r_s[0] if layer.partner else y)[..., site.rows]
@@ -64,10 +68,10 @@ def sweep_channels(
             weights = position_weights(
                 y, None if felt is None else felt[torch.tensor(index[batch])], solver.salient_share
             )
-            at = some_positions(y.shape[1], batch)
-            out = held is not None and batch % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-            (held if out and held is not None else fit).add(site.patches(x, at), y[:, at], weights[:, at])
-        site.solve(solver, fit, held, result)
+            at = some_positions(y.shape[1], counted)
+            out = held is not None and counted % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+            (held if out and held is not None else fit).add(site.patches(x, at), y[:, at], weights[:, at], counted)
+        site.solve(solver, fit.total(), None if held is None else held.total(), result)
         progress((number + 1) / len(todo))
     result.state_bytes = teacher_runs.kept_bytes + student_runs.kept_bytes
     return result
@@ -114,8 +118,8 @@ class Site:
         self.columns = torch.tensor(columns, dtype=torch.long, device=self.device)
         self.shifts = bool(layer.norm) or self.module.bias is not None
 
-    def moments(self) -> Moments:
-        return Moments(len(self.columns), len(self.rows), self.device)
+    def moments(self) -> MomentSums:
+        return MomentSums(len(self.columns), len(self.rows), self.device)
 
     def patches(self, x: Tensor, at: Tensor) -> Tensor:
         """Return what the layer reads at some positions (B, positions, columns)."""

@@ -13,6 +13,7 @@ from ..channel_masking import mask_channels, read_projection
 from ..graph_runner import GraphRunner
 from ..masking import OutputWeights, Updates
 from ..moments import gram
+from ..parallel import SectionSum, ordered, sections
 from ..patches import some_positions
 from ..units import ChannelGroup, Reader, SlicePlan
 
@@ -51,13 +52,13 @@ def fold_channels(model: nn.Module, graph: ChannelGraph, plan: SlicePlan, runner
 
 def channel_moments(runner: GraphRunner, source: str, group: ChannelGroup) -> Tensor:
     """Return sum over images and positions of c c^T (C, C) of a group's channels at a node."""
-    total = torch.zeros(group.size, group.size, dtype=torch.float64, device=runner.device)
-    for number in range(len(runner.feeds)):
-        (x,) = runner.values(number, [source])
+    sums = SectionSum((group.size, group.size), runner.device)
+    for at, number in ordered(runner.numbers):
+        (x,) = runner.values(at, [source])
         flat = x.flatten(2) if x.dim() == 4 else x.reshape(-1, group.size, x.shape[-1] // group.size)
         flat = flat[..., some_positions(flat.shape[2], number)]
-        total += gram(flat.transpose(1, 2).flatten(0, 1)).double()
-    return total
+        sums.add(number % sections(), gram(flat.transpose(1, 2).flatten(0, 1)))
+    return sums.total()
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from ..batches import Batch, Batches
 from ..heads import Head
 from ..layerwise import LayerRunner, Replay, StateCache, Stop, Taps
 from ..masking import OutputWeights
-from ..moments import Moments
+from ..moments import Moments, MomentSums
 from ..progress import Progress
 from ..teacher import STUDENT_ARRAYS, Look, Teacher, gain_of, writer
 from ..units import SlicePlan, UnitGroup
@@ -66,7 +66,7 @@ def sweep(
     inputs h_T instead, at the units kept. `saliency` (rows, longest) per group is the calibration's; without it
     every token weighs the same. A declined group keeps its weights and never stops the others.
     """
-    feeds = list(batches)
+    feeds = list(batches.shared())
     layers = per_layer(groups)
     result = SweepResult({}, {}, [])
     cache = StateCache(feeds, groups[0].hidden, STUDENT_ARRAYS, teacher.device, teacher.spare_bytes)
@@ -114,14 +114,15 @@ class _Sums:
         self.columns = torch.tensor(group.columns(plan[group.name].kept), dtype=torch.long, device=device)
         self.feeds, self.cls_only, self.salient, self.share = feeds, cls_only, salient, solver.salient_share
         self.gain, self.device = gain, device
-        self.fit = Moments(len(self.columns), group.hidden, device)
-        self.held = Moments(len(self.columns), group.hidden, device) if solver.holds_out else None
+        self.fit = MomentSums(len(self.columns), group.hidden, device)
+        self.held = MomentSums(len(self.columns), group.hidden, device) if solver.holds_out else None
 
     def add(self, number: int, h: Tensor, y: Tensor) -> None:
         """Add a batch's inputs (B, T, n) and targets (B, T, d)."""
-        weights = token_weights(self.feeds[number].to(self.device), self.cls_only, self.share, self.salient)
-        out = self.held is not None and number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        (self.held if out and self.held is not None else self.fit).add(h, y, weights)
+        batch = self.feeds[number].to(self.device)
+        weights = token_weights(batch, self.cls_only, self.share, self.salient)
+        out = self.held is not None and batch.number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        (self.held if out and self.held is not None else self.fit).add(h, y, weights, batch.number)
 
 
 def _adder(sums: Mapping[str, _Sums]) -> Look:
@@ -178,7 +179,8 @@ def _solve(
     solver: Solver,
     result: SweepResult,
 ) -> None:
-    module, moments, held = writer(student, group), sums.fit, sums.held
+    module, moments = writer(student, group), sums.fit.total()
+    held = None if sums.held is None else sums.held.total()
     bias = module.bias
     weight = module.weight if plan[group.name].count else bias.new_zeros(group.hidden, 0)
     gain = sums.gain  # the fit is of what reaches the residual stream

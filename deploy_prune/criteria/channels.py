@@ -12,7 +12,8 @@ from torch import Tensor
 from ..archs.conv import ChannelGraph, Layer
 from ..channel_masking import read_projection
 from ..graph_runner import GraphRunner
-from ..moments import Moments
+from ..moments import MomentSums
+from ..parallel import Shares, ordered
 from ..patches import patches, some_positions
 
 if TYPE_CHECKING:
@@ -30,24 +31,33 @@ def score_channels(evidence: Evidence, graph: ChannelGraph, metric: Metric, elim
     several layers read are eliminated in each on its own, in that layer's order.
     """
     runner = evidence.runs_graph()
-    scores: Scores = {g.name: np.zeros(g.size) for g in evidence.groups}
-    todo = [x for x in graph.layers if x.reads]
+    shares, todo = Shares(), [x for x in graph.layers if x.reads]
     for number, layer in enumerate(todo):
         runner.advance(layer.node)
         second = patch_moments(runner, evidence.model, layer)
-        weight = read_projection(evidence.model, layer).weight
-        order, rises = eliminate(second, weight, metric(layer, second, weight), layer.width)
-        scores[layer.reads][order.cpu().numpy()] += np.maximum.accumulate(rises.cpu().numpy())
+
+        def eliminated(layer: Layer = layer, second: Tensor = second) -> np.ndarray:
+            weight = read_projection(evidence.model, layer).weight
+            order, rises = eliminate(second, weight, metric(layer, second, weight), layer.width)
+            scores = np.zeros(layer.inputs)
+            scores[order.cpu().numpy()] = np.maximum.accumulate(rises.cpu().numpy())
+            return scores
+
+        shares.add(layer.inputs, eliminated)
         evidence.progress((number + 1) / len(todo))
+    scores: Scores = {g.name: np.zeros(g.size) for g in evidence.groups}
+    for layer, found in zip(todo, shares.results(), strict=True):
+        scores[layer.reads] += found
     return scores
 
 
 def patch_moments(runner: GraphRunner, model: torch.nn.Module, layer: Layer) -> Tensor:
     """Return the mean over positions of h h^T (columns, columns) of what a layer reads."""
     module = model.get_submodule(layer.path)
-    sums = Moments(layer.inputs * layer.width, 0, runner.device)
-    for number in range(len(runner.feeds)):
-        (x,) = runner.values(number, [layer.source])
+    sums = MomentSums(layer.inputs * layer.width, 0, runner.device)
+    for at, number in ordered(runner.numbers):
+        (x,) = runner.values(at, [layer.source])
         h = patches(module, x, some_positions(layer.positions, number))
-        sums.add(h, h[..., :0], h.new_ones(h.shape[:2]))
-    return sums.hh / sums.count
+        sums.add(h, h[..., :0], h.new_ones(h.shape[:2]), number)
+    total = sums.total()
+    return total.hh / total.count

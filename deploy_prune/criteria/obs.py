@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..moments import Moments
+from ..moments import MomentSums
+from ..parallel import Shares
 from ..teacher import Teacher
 from ..units import UnitGroup
 from .base import Evidence, Scores
@@ -60,31 +61,42 @@ def reconstruction(evidence: Evidence) -> Scores:
 
 def _scores(evidence: Evidence, metric: Callable[[UnitGroup, Tensor, Tensor], Tensor]) -> Scores:
     stats, teacher = evidence.calibrated, evidence.taught
-    scores: Scores = {}
+    shares = Shares()  # of layers: their moments come one after another, their eliminations run beside each other
     for depth, groups in enumerate(teacher.layers):
         moments = input_moments(teacher, depth)
-        for g in groups:
-            weight = evidence.model.get_parameter(f"{g.consumer}.weight")
-            second = moments.pop(g.name) / stats.tokens
-            order, rises = eliminate(second, weight, metric(g, second, weight), g.width)
-            scores[g.name] = np.zeros(g.size)
-            scores[g.name][order.cpu().numpy()] = np.maximum.accumulate(rises.cpu().numpy())
+
+        def eliminated(groups: Sequence[UnitGroup] = groups, moments: dict[str, Tensor] = moments) -> np.ndarray:
+            found = []
+            for g in groups:
+                weight = evidence.model.get_parameter(f"{g.consumer}.weight")
+                second = moments.pop(g.name) / stats.tokens
+                order, rises = eliminate(second, weight, metric(g, second, weight), g.width)
+                scores = np.zeros(g.size)
+                scores[order.cpu().numpy()] = np.maximum.accumulate(rises.cpu().numpy())
+                found.append(scores)
+            return np.concatenate(found)
+
+        shares.add(sum(g.size for g in groups), eliminated)
         evidence.progress((depth + 1) / len(teacher.layers))
+    scores: Scores = {}
+    for groups, found in zip(teacher.layers, shares.results(), strict=True):
+        ends = np.cumsum([g.size for g in groups])[:-1]
+        scores |= {g.name: part for g, part in zip(groups, np.split(found, ends), strict=True)}
     return scores
 
 
 def input_moments(teacher: Teacher, depth: int) -> dict[str, Tensor]:
     """Return sum over unpadded tokens of h h^T (n, n) at a layer's output projections."""
     runner = teacher.runner
-    moments = {g.name: Moments(g.size * g.width, 0, runner.device) for g in teacher.layers[depth]}
+    moments = {g.name: MomentSums(g.size * g.width, 0, runner.device) for g in teacher.layers[depth]}
 
     def look(number: int, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
-        mask = runner.feeds[number].mask.to(runner.device)
+        batch = runner.feeds[number]
         for name, sums in moments.items():
-            sums.add(inputs[name], inputs[name][..., :0], mask)
+            sums.add(inputs[name], inputs[name][..., :0], batch.mask.to(runner.device), batch.number)
 
     teacher.visit(depth, look)
-    return {name: sums.hh for name, sums in moments.items()}
+    return {name: sums.total().hh for name, sums in moments.items()}
 
 
 def eliminate(moments: Tensor, weight: Tensor, metric: Tensor, width: int) -> tuple[Tensor, Tensor]:

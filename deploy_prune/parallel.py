@@ -1,0 +1,329 @@
+"""Several processes that prune one model together: who takes which batches, and sums that do not depend on how many.
+
+Batches are dealt out to `sections()`, every process has some sections, and a sum is a fixed binary tree over them: 1, 2
+and 4 processes add the same numbers in the same order. Nothing here acts unless `team` was entered.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import DeployPruneError, DismissedError, InputError, LostProcessError
+
+SECTIONS = 4  # of a sum; with more processes the next power of two
+TIMEOUT = timedelta(hours=12)  # of waiting for the others: a search or a download may take long in the first process
+Kept = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and plain values
+T = TypeVar("T")
+
+_joined = False
+
+
+def started_together() -> bool:
+    """Say whether torchrun, or whatever sets its environment variables, started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+@contextmanager
+def team(device: torch.device) -> Iterator[None]:
+    """Join the processes that were started together; alone nothing happens.
+
+    Every process calls the same functions with the same arguments from there on. A process group that is there
+    already is used. A termination, as torchrun sends it when another process has ended, raises LostProcessError.
+    """
+    global _joined
+    there = dist.is_initialized()
+    if _joined or not (there or started_together()):
+        yield
+        return
+    if not there:
+        with _connected():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    before = signal.signal(signal.SIGTERM, _terminated)
+    _joined = True
+    try:
+        yield
+    finally:
+        disband()
+        signal.signal(signal.SIGTERM, before)
+        if not there:
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
+
+
+def disband() -> None:
+    """End the common work; what follows in this process is its own."""
+    global _joined
+    _joined = False
+
+
+def _terminated(number: int, frame: Any) -> None:
+    raise LostProcessError(f"{place()} was told to end: another process has ended, or the machine shuts down.")
+
+
+def size() -> int:
+    """Return how many processes work together; 1 outside a team."""
+    return dist.get_world_size() if _joined else 1
+
+
+def rank() -> int:
+    """Return this process's number, from 0."""
+    return dist.get_rank() if _joined else 0
+
+
+def place() -> str:
+    """Name this process in messages."""
+    return f"Process {rank() + 1} of {size()}"
+
+
+def neighbours() -> int:
+    """Return how many processes share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", size())) if _joined else 1
+
+
+def sections() -> int:
+    """Return into how many sections batches are dealt out: batch n goes to section n % sections()."""
+    return max(SECTIONS, 1 << (size() - 1).bit_length())
+
+
+def own_sections(of: int | None = None) -> range:
+    """Return the sections of a process (default: of this one)."""
+    number = rank() if of is None else of
+    return range(number * sections() // size(), (number + 1) * sections() // size())
+
+
+def own(count: int) -> list[int]:
+    """Return which of `count` batches this process takes, section by section. Raises InputError for too few."""
+    if size() > 1 and count < sections():
+        raise InputError(
+            f"{size()} processes need {sections()} batches of samples at least, and there are {count}.",
+            hint="Calibrate on more samples, or start fewer processes.",
+        )
+    return [number for section in own_sections() for number in range(section, count, sections())]
+
+
+def ordered(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the place and the number of every batch, section by section."""
+    return sorted(enumerate(numbers), key=lambda at: at[1] % sections())
+
+
+class SectionSum:
+    """Sum tensors in float64: within each section in the order they come, over the sections as a binary tree.
+
+    Sections come in ascending order. `total` is the sum over all processes, and the same in each; they all ask for it.
+    """
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        self._section = own_sections().start
+        self._open: Tensor | None = None
+        self._nodes: list[tuple[int, int, Tensor]] = []  # level and index in the tree, and the sum below
+        self._total: Tensor | None = None
+
+    def add(self, section: int, value: Tensor) -> None:
+        """Add a value to a section."""
+        if section not in range(self._section, own_sections().stop):
+            raise RuntimeError(f"section {section} comes after {self._section} or is another process's")
+        while self._section < section:
+            self._close()
+        if self._open is None:
+            self._open = value.to(torch.float64, copy=True)
+        else:
+            self._open += value
+
+    def total(self) -> Tensor:
+        """Return the sum over all sections of all processes."""
+        if self._total is None:
+            while self._section < own_sections().stop:
+                self._close()
+            self._total = self._merged()
+        return self._total
+
+    def _close(self) -> None:
+        empty = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
+        _push(self._nodes, 0, self._section, empty if self._open is None else self._open)
+        self._open = None
+        self._section += 1
+
+    def _merged(self) -> Tensor:
+        if size() > 1:
+            mine, self._nodes = iter(self._nodes), []
+            for process in range(size()):
+                for level, index in _cover(own_sections(process)):
+                    if process == rank():
+                        value = next(mine)[2].contiguous()
+                    else:
+                        value = torch.empty(self.shape, dtype=torch.float64, device=self.device)
+                    _broadcast(value, process)
+                    _push(self._nodes, level, index, value)
+        ((_, _, total),) = self._nodes
+        self._nodes = []
+        return total
+
+
+def _push(nodes: list[tuple[int, int, Tensor]], level: int, index: int, value: Tensor) -> None:
+    """Add a node to the right of a tree, and merge what is complete."""
+    while nodes and index % 2 and nodes[-1][:2] == (level, index - 1):
+        value = nodes.pop()[2].add_(value)
+        level, index = level + 1, index // 2
+    nodes.append((level, index, value))
+
+
+def _cover(leaves: range) -> list[tuple[int, int]]:
+    """Return the level and index of the largest subtrees that some neighbouring leaves fill."""
+    nodes: list[tuple[int, int, Tensor]] = []
+    for leaf in leaves:
+        _push(nodes, 0, leaf, torch.zeros(()))
+    return [(level, index) for level, index, _ in nodes]
+
+
+class Shares:
+    """Deal pieces of work out over the processes, one to each in turn, and give every result to all."""
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []
+        self._own: dict[int, np.ndarray] = {}
+        self._waiting: tuple[int, Callable[[], np.ndarray]] | None = None
+
+    def add(self, length: int, work: Callable[[], np.ndarray]) -> None:
+        """Take up a piece of work that gives an array (length,); it runs when every process has one."""
+        number = len(self._sizes)
+        self._sizes.append(length)
+        if number % size() == rank():
+            self._waiting = number, work
+        if number % size() == size() - 1:
+            self._run()
+
+    def results(self) -> list[np.ndarray]:
+        """Return the results of all pieces, in order, in every process."""
+        self._run()
+        found = []
+        for number, length in enumerate(self._sizes):
+            values = torch.from_numpy(self._own.get(number, np.zeros(length)).astype(np.float64))
+            found.append(fill(values).numpy())
+        return found
+
+    def _run(self) -> None:
+        if self._waiting is not None:
+            number, work = self._waiting
+            self._waiting = None
+            self._own[number] = work()
+
+
+def fill(tensor: Tensor) -> Tensor:
+    """Return a tensor whose entries each one process knows, the others having zeros there."""
+    if size() == 1 or not tensor.numel():
+        return tensor
+    with _connected():
+        moved = _to_send(tensor)
+        dist.all_reduce(moved)
+    return moved.to(tensor.device)
+
+
+def least(value: float) -> float:
+    """Return the smallest of the processes' values."""
+    if size() == 1:
+        return value
+    found = _to_send(torch.tensor(value, dtype=torch.float64))
+    with _connected():
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+    return float(found)
+
+
+def first(compute: Callable[[], T], pack: Callable[[T], Kept], unpack: Callable[[Kept], T]) -> T:
+    """Return what the first process computes, in every process; its errors end the others as well."""
+    if size() == 1:
+        return compute()
+    kept: Kept | None = None
+    with first_ahead():
+        if rank() == 0:
+            kept = pack(compute())
+    known = agree(kept)
+    assert known is not None
+    return unpack(known)
+
+
+def agree(kept: Kept | None) -> Kept | None:
+    """Return what the first process holds, in every process: tensors and plain values, or None."""
+    if size() == 1:
+        return kept
+    tensors, values = kept or ({}, {})
+    kinds = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
+    told = agree_values({"none": kept is None, "kinds": kinds, "values": values})
+    if told["none"]:
+        return None
+    found = {}
+    for name, (dtype, shape) in told["kinds"].items():
+        mine = tensors[name] if rank() == 0 else torch.zeros(shape, dtype=getattr(torch, dtype))
+        found[name] = _sent(mine)
+    return found, told["values"]
+
+
+def agree_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the first process's plain values, in every process."""
+    if size() == 1:
+        return values
+    text = torch.from_numpy(np.frombuffer(json.dumps(values).encode(), dtype=np.uint8).copy())
+    length = int(_sent(torch.tensor(len(text))))
+    text = _sent(text if rank() == 0 else torch.zeros(length, dtype=torch.uint8))
+    return json.loads(text.numpy().tobytes())  # type: ignore[no-any-return]
+
+
+@contextmanager
+def first_ahead() -> Iterator[None]:
+    """Let the first process do something before the others: what it downloads or makes, they find.
+
+    Its errors end the others as well.
+    """
+    if rank() > 0:
+        if code := int(agree_values({})["exit_code"]):
+            raise DismissedError(code)
+        yield
+        return
+    try:
+        yield
+    except DeployPruneError as error:
+        agree_values({"exit_code": error.exit_code})
+        raise
+    agree_values({"exit_code": 0})
+
+
+def _sent(tensor: Tensor) -> Tensor:
+    """Return the first process's tensor on the CPU."""
+    flags = tensor.dtype == torch.bool  # not every backend sends those
+    moved = _to_send(tensor.to(torch.uint8) if flags else tensor)
+    _broadcast(moved, 0)
+    return moved.to("cpu").to(tensor.dtype)
+
+
+def _to_send(tensor: Tensor) -> Tensor:
+    """Return a tensor where the backend can take it: nccl knows GPUs alone."""
+    nccl = dist.get_backend() == "nccl"
+    moved = tensor.detach().to("cuda" if nccl else "cpu").contiguous()
+    return moved.clone() if moved.data_ptr() == tensor.data_ptr() else moved
+
+
+def _broadcast(tensor: Tensor, source: int) -> None:
+    if tensor.numel():
+        with _connected():
+            dist.broadcast(tensor, source)
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Say clearly that another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LostProcessError(f"{place()} lost another process, or could not reach it: {reason:.200}") from error
