@@ -97,9 +97,7 @@ def calibrate_channels(
     )
 
 
-def _mask_hook(
-    mask: Tensor, spread: int, squares: parallel.SectionSum, section: int
-) -> Callable[..., tuple[Any, ...]]:
+def _mask_hook(mask: Tensor, spread: int, squares: parallel.SectionSum, section: int) -> Callable[..., tuple[Any, ...]]:
     columns = mask if spread == 1 else mask.repeat_interleave(spread, dim=1)
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

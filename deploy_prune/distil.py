@@ -187,7 +187,7 @@ class DistilTrainer(Trainer):
             optim="adamw_torch_fused" if cuda else "adamw_torch",
             seed=seed,
             use_cpu=not cuda,
-            ddp_backend="nccl" if cuda else "gloo",
+            ddp_backend=("nccl" if cuda else "gloo") if parallel.size() > 1 else None,
             ddp_find_unused_parameters=True,  # a pooler that no loss reads
             eval_strategy="steps",
             eval_steps=every,

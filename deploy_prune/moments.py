@@ -14,7 +14,7 @@ PENDING_TOKENS = 4096  # gathered before they are multiplied: small products was
 
 @dataclass
 class Moments:
-    """Hold the sums over tokens, each by its weight w, that a least-squares fit of y (d,) on h (n,) needs, in float64."""
+    """Hold the sums over tokens, each by its weight w, that a fit of y (d,) on h (n,) needs, in float64."""
 
     hh: Tensor  # sum w h h^T (n, n)
     yh: Tensor  # sum w y h^T (d, n)

@@ -276,7 +276,7 @@ def agree_values(values: dict[str, Any]) -> dict[str, Any]:
     text = torch.from_numpy(np.frombuffer(json.dumps(values).encode(), dtype=np.uint8).copy())
     length = int(_sent(torch.tensor(len(text))))
     text = _sent(text if rank() == 0 else torch.zeros(length, dtype=torch.uint8))
-    return json.loads(text.numpy().tobytes())  # type: ignore[no-any-return]
+    return json.loads(text.numpy().tobytes())
 
 
 @contextmanager

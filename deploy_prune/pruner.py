@@ -46,7 +46,7 @@ from .stages import DTYPES, REFITS, Options, PrunedPlan, Recorder
 from .surgery import Surgery, surgery_of
 from .tasks.base import Row
 from .teacher import Teacher, state_bytes
-from .units import GroupPlan, SlicePlan, Units
+from .units import GroupPlan, MaskSet, SlicePlan, Units
 
 
 class Pruner:
@@ -210,6 +210,7 @@ class Pruner:
                 "mean_loss": float(stats.mean_loss),
                 "label_free": options.label_free,
                 "forward_dtype": options.forward_dtype,
+                "processes": parallel.size(),
             }
         self._calibrated[key] = stats, record
         return stats

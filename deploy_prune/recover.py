@@ -185,7 +185,7 @@ class Scratch:
             write_atomically(self.folder / STATE, json.dumps(self.known) + "\n")
 
     def last_checkpoint(self) -> Path | None:
-        """Return the newest complete checkpoint that every process finds; what was not written to its end is removed."""
+        """Return the newest complete checkpoint that every process finds; half-written ones are removed."""
         newest = self._newest() if self.writes else None
         name = parallel.agree_values({"name": newest and newest.name})["name"]
         everywhere = parallel.least(bool(name) and (self.folder / name).is_dir())

@@ -23,8 +23,8 @@ class Teacher:
     """Run a model over batches, one layer after another, and keep what each sub-layer adds up to.
 
     A target is what a sub-layer and its residual add up to (B, T, d). Those of all layers are kept where they fit into
-    `most_bytes` and half of the free room (shared with the other processes of this machine), so that later scores and budgets run nothing again; otherwise those of
-    one layer at a time, and of as many batches as fit.
+    `most_bytes` and half of the free room, which the processes of a machine share, so that later scores and budgets
+    run nothing again; otherwise those of one layer at a time, and of as many batches as fit.
     """
 
     def __init__(
