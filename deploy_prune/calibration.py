@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import parallel
-from .batches import Batches
+from .batches import Batch, Batches
 from .errors import InputError
 from .heads import Head
 from .progress import Progress
@@ -76,7 +76,7 @@ def calibrate(
     total = len(parallel.own(len(batches)))
     gradients = {g.name: torch.zeros(len(rows), g.size, device=device) for g in groups}
     longest = max(r.length for r in rows)
-    seen = {g.name: _Sums(g, len(rows), longest, device, gradient_moments) for g in groups}
+    seen = {g.name: GroupSums(g, len(rows), longest, device, gradient_moments) for g in groups}
     tokens, loss_sum = parallel.SectionSum((), device), parallel.SectionSum((), device)
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:  # gradients flow to the masks alone
@@ -89,23 +89,15 @@ def calibrate(
             masks = {g.name: torch.ones(size, g.size, device=device, requires_grad=True) for g in groups}
             for g in groups:
                 consumer, sums = model.get_submodule(g.consumer), seen[g.name]
-                before = _mask_hook(masks[g.name], g.width, sums, section, batch.mask)
+                before = mask_hook(masks[g.name], g.width, sums, section, batch.mask)
                 stack.callback(consumer.register_forward_pre_hook(before).remove)
-                stack.callback(consumer.register_forward_hook(_gradient_hook(sums, section, index)).remove)
+                stack.callback(consumer.register_forward_hook(gradient_hook(sums, section, index)).remove)
             stack.enter_context(torch.enable_grad())
             autocast = forward_dtype != torch.float32
             with torch.autocast(device.type, dtype=forward_dtype if autocast else None, enabled=autocast):
                 outputs = head.outputs(model, batch.inputs)
             outputs = {k: v.float() for k, v in outputs.items()}
-            if label_free:
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + batch.number)
-                detached = {k: v.detach() for k, v in outputs.items()}
-                labels = head.draw_labels(detached, batch.mask, generator)
-            elif batch.labels is None:
-                raise InputError("Some calibration rows have no label.", hint="Use label-free calibration.")
-            else:
-                labels = batch.labels
-            loss = head.loss(outputs, labels, batch.mask)  # (B,)
+            loss = losses(head, outputs, batch, label_free, seed)
             grads = torch.autograd.grad(loss.sum(), [masks[g.name] for g in groups])
         for g, grad in zip(groups, grads, strict=True):
             gradients[g.name].index_copy_(0, index, grad.float())
@@ -125,6 +117,18 @@ def calibrate(
         sample_hash=hash_rows(rows),
         label_free=label_free,
     )
+
+
+def losses(head: Head, outputs: Mapping[str, Tensor], batch: Batch, label_free: bool, seed: int) -> Tensor:
+    """Return each row's loss (B,), towards its label or one that is drawn from the outputs. Raises InputError."""
+    if label_free:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + batch.number)
+        labels = head.draw_labels({k: v.detach() for k, v in outputs.items()}, batch.mask, generator)
+    elif batch.labels is None:
+        raise InputError("Some calibration rows have no label.", hint="Use label-free calibration.")
+    else:
+        labels = batch.labels
+    return head.loss(outputs, labels, batch.mask)
 
 
 def check_finite(stats: CalibrationStats) -> None:
@@ -169,7 +173,7 @@ def hash_rows(rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
-class _Sums:
+class GroupSums:
     """Gather what one group's hooks see."""
 
     def __init__(self, group: UnitGroup, rows: int, longest: int, device: torch.device, moments: bool) -> None:
@@ -179,9 +183,10 @@ class _Sums:
         self.moments = parallel.SectionSum((group.hidden, group.hidden), device) if moments else None
 
 
-def _mask_hook(
-    mask: Tensor, width: int, sums: _Sums, section: int, attention: Tensor
+def mask_hook(
+    mask: Tensor, width: int, sums: GroupSums, section: int, attention: Tensor
 ) -> Callable[..., tuple[Any, ...]]:
+    """Return a pre-hook that masks what a projection reads (B, T, units * width), and sums its squares."""
     columns = mask if width == 1 else mask.repeat_interleave(width, dim=1)
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -193,7 +198,7 @@ def _mask_hook(
     return hook
 
 
-def _gradient_hook(sums: _Sums, section: int, index: Tensor) -> Callable[..., None]:
+def gradient_hook(sums: GroupSums, section: int, index: Tensor) -> Callable[..., None]:
     """Look at the gradient (B, T, d) when it comes by; padding, which reaches no loss, has none."""
 
     def look(grad: Tensor) -> None:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from . import parallel
 from .archs.conv import ChannelGraph, Layer
 from .batches import Batches
-from .calibration import CalibrationStats
-from .errors import InputError
+from .calibration import CalibrationStats, losses
 from .heads import Head
 from .progress import Progress
 
@@ -66,15 +65,7 @@ def calibrate_channels(
                     stack.callback(module.register_forward_hook(felt[x.path].hook(index, section)).remove)
                 stack.enter_context(torch.enable_grad())
                 outputs = head.outputs(model, batch.inputs)
-                if label_free:
-                    generator = torch.Generator().manual_seed(seed * 1_000_003 + batch.number)
-                    detached = {k: v.detach() for k, v in outputs.items()}
-                    labels = head.draw_labels(detached, batch.mask, generator)
-                elif batch.labels is None:
-                    raise InputError("Some calibration images have no label.", hint="Use label-free calibration.")
-                else:
-                    labels = batch.labels
-                loss = head.loss(outputs, labels, batch.mask)  # (B,)
+                loss = losses(head, outputs, batch, label_free, seed)
                 grads = torch.autograd.grad(loss.sum(), [masks[g.name] for g in graph.groups])
             for g, grad in zip(graph.groups, grads, strict=True):
                 gradients[g.name].index_copy_(0, index, grad.float())

@@ -227,6 +227,9 @@ class Recipe(ExportSettings):
     cache_gb: float = _field(
         16.0, "GB of hidden states that scores and compensation may keep; others are recomputed.", gt=0
     )
+    offload: bool = _field(
+        False, "Keep the layers in main memory, one at a time on the GPU: for models larger than its memory."
+    )
     rearrange: Literal["auto", "sample", "batch", "none"] = _field(
         "auto", "By the Fisher of samples, of mini-batches (the paper's code), or not; auto: not before the refit."
     )

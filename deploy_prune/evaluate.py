@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from .fidelity import fidelity
 from .golden import golden_cases, random_rows
 from .heads import Head
 from .kept import pack_outputs, unpack_outputs
+from .offload import Rotation, settle
 from .predict import predict
 from .progress import Progress
 from .resume import Resume, hash_inputs, hash_state
@@ -32,12 +34,14 @@ def evaluate(
     device: torch.device,
     progress: Progress,
     keep: Resume | None = None,
+    *,
+    offload: bool = False,
 ) -> dict[str, Any]:
     """Measure quality and fidelity, check that sliced equals virtual, store golden cases; return the record.
 
     Without data the models are compared on random inputs and quality stays null. `keep` has the outputs that a killed
-    run had computed; they are scored anew. Raises VerdictError when the sliced model differs from the masked one by
-    more than rounding.
+    run had computed; they are scored anew. With `offload` one layer is on the device at a time.
+    Raises VerdictError when the sliced model differs from the masked one by more than rounding.
     """
     keep = keep or Resume()
     manifest = bundle.manifest
@@ -55,7 +59,7 @@ def evaluate(
                 f"evaluate {name}",
                 of,
                 record,
-                partial(_outputs, model, head, rows, device, pad_id, share),
+                partial(_outputs, model, head, rows, device, pad_id, share, offload),
                 pack_outputs,
                 unpack_outputs,
             )
@@ -75,9 +79,20 @@ def evaluate(
 
 
 def _outputs(
-    model: nn.Module, head: Head, rows: Sequence[Row], device: torch.device, pad_id: int, progress: Progress
+    model: nn.Module,
+    head: Head,
+    rows: Sequence[Row],
+    device: torch.device,
+    pad_id: int,
+    progress: Progress,
+    offload: bool,
 ) -> list[RowOutput]:
-    found = predict(model.to(device), head, rows, pad_id=pad_id, progress=progress)
+    if offload:
+        settle(model, device)
+    else:
+        model.to(device)
+    with Rotation(model).turning() if offload else nullcontext():
+        found = predict(model, head, rows, pad_id=pad_id, progress=progress)
     model.cpu()
     return found
 

@@ -16,6 +16,7 @@ from .archs import arch_of
 from .batches import Batch
 from .errors import SystemStateError
 from .heads import Head
+from .offload import Rotation
 from .units import UnitGroup
 
 DEFAULT_CACHE_BYTES = 16_000_000_000
@@ -83,7 +84,8 @@ def first(output: Any) -> Tensor:
 class StateCache:
     """Keep arrays of hidden states (B, T, d) by batch, in memory-mapped files; on a GPU, in its memory.
 
-    Batches beyond `most_bytes` are not kept: their states are computed anew whenever they are needed.
+    Batches beyond `most_bytes` are not kept: their states are computed anew whenever they are needed. `kept_on` the
+    CPU they lie in files although the `device` that reads them is a GPU.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class StateCache:
         arrays: int,
         device: torch.device,
         most_bytes: int = DEFAULT_CACHE_BYTES,
+        kept_on: torch.device | None = None,
     ) -> None:
         self.shapes = [(*f.mask.shape, hidden) for f in feeds]
         sizes = [b * t * d for b, t, d in self.shapes]
@@ -102,7 +105,7 @@ class StateCache:
             fits = 4 * arrays * (used + size) <= most_bytes
             self.offsets.append(used if fits else None)
             used += size if fits else 0
-        self.used, self.device = used, device
+        self.used, self.device, self.kept_on = used, device, kept_on or device
         self.kept_bytes = 4 * arrays * used
 
     def holds(self, number: int) -> bool:
@@ -111,8 +114,8 @@ class StateCache:
 
     def role(self) -> States:
         """Return a new array of states. Raises SystemStateError when the disk has no room for it."""
-        if self.device.type == "cuda" or self.used == 0:
-            return States(self, torch.empty(self.used, device=self.device))
+        if self.kept_on.type == "cuda" or self.used == 0:
+            return States(self, torch.empty(self.used, device=self.kept_on))
         handle, name = tempfile.mkstemp(prefix="deploy-prune-states-")
         os.close(handle)
         try:
@@ -158,7 +161,7 @@ class States:
     def get(self, number: int) -> Tensor | None:
         """Return a copy of a batch's states, or None where they are not kept."""
         view = self._view(number)
-        return None if view is None else view.clone()
+        return None if view is None else view.to(self.cache.device, copy=True)
 
     def put(self, number: int, value: Tensor) -> None:
         """Keep a batch's states (B, T, n <= d) where there is room."""
@@ -173,13 +176,14 @@ class LayerRunner:
     def __init__(self, model: nn.Module, head: Head, feeds: Sequence[Batch], cache: StateCache) -> None:
         self.model, self.head, self.feeds = model, head, feeds
         self.paths = arch_of(model).layer_paths(model)
-        self.device = next(model.parameters()).device
+        self.rotation = Rotation(model)
+        self.device = self.rotation.device
         self.states = cache.role()
         self.depth = 0
 
     def layer(self, depth: int) -> nn.Module:
-        """Return a layer."""
-        return self.model.get_submodule(self.paths[depth])
+        """Return a layer, on the device."""
+        return self.rotation.bring(depth)
 
     def inputs(self, number: int, depth: int | None = None) -> tuple[Tensor, Any, Any]:
         """Return what enters a layer (default: the current one): hidden states (B, T, d), other arguments."""
@@ -200,6 +204,8 @@ class LayerRunner:
     def step(self) -> None:
         """Go on to the next layer."""
         self.depth += 1
+        if self.depth == len(self.paths):
+            self.rotation.release()
 
     def _embed(self, batch: Batch) -> tuple[Tensor, Any, Any]:
         """Run the embeddings; return the first layer's hidden states (B, T, d) and its other arguments."""
@@ -209,7 +215,8 @@ class LayerRunner:
             found.extend((args, kwargs))
             raise Stop
 
-        handle = self.layer(0).register_forward_pre_hook(hook, with_kwargs=True)
+        lowest = self.model.get_submodule(self.paths[0])  # it does not run: no need to bring it
+        handle = lowest.register_forward_pre_hook(hook, with_kwargs=True)
         try:
             self.head.outputs(self.model, batch.to(self.device).inputs)
         except Stop:

@@ -26,6 +26,7 @@ from .errors import BundleError, InputError, VerdictError
 from .evaluate import evaluate
 from .heads import Head
 from .late import Late
+from .offload import settle
 from .progress import Reporter, Silent
 from .pruner import prune_rows
 from .resolving import (
@@ -34,6 +35,7 @@ from .resolving import (
     check_guards,
     check_kind,
     check_length,
+    check_offload,
     inferred_task,
     is_label_free,
     resolve,
@@ -86,7 +88,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
         bundle.manifest.task = _task_entry(task_name, head, data)
         _fill(bundle, variants, dense, head, recipe.model)
         with recorder.stage("evaluate") as record, reporter.stage("evaluate") as progress:
-            record |= evaluate(bundle, variants, data, head, device, progress, keep)
+            record |= evaluate(bundle, variants, data, head, device, progress, keep, offload=recipe.offload)
         _store(bundle, variants, dense, recorder)
         _guard(bundle, recipe)
         made = _finish(
@@ -161,8 +163,12 @@ class Work:
             raise InputError("Recovery was to use labels, but the training rows have none.", hint="Leave them out.")
         check_length(recipe.seq_len, dense)
         check_kind(recipe, dense)
+        check_offload(recipe, dense, device)
         check_guards(recipe, data)
-        dense.model.to(device)
+        if recipe.offload:
+            settle(dense.model, device)
+        else:
+            dense.model.to(device)
         return cls(recipe, dense, head, data, rows, label_free)
 
     @property

@@ -36,7 +36,9 @@ from .kept import (
     unpack_stats,
     unpack_sweep,
 )
+from .layer_calibration import calibrate_by_layers
 from .masking import Updates, mask_model
+from .offload import Rotation
 from .progress import Progress, Reporter, Silent
 from .rearrange import rearrange
 from .resume import Kept, Resume
@@ -370,7 +372,7 @@ class Pruner:
     def statistics(
         self, model: nn.Module, options: Options, criterion: Criterion, progress: Progress
     ) -> CalibrationStats:
-        stats = calibrate(
+        stats = (calibrate_by_layers if Rotation(model).moves else calibrate)(
             model,
             self.groups,
             self.head,
@@ -407,7 +409,8 @@ class Pruner:
             return self._dense
         feeds = list(self.batches.shared())
         size = state_bytes(self.groups, feeds, self.device, options.cache_bytes)
-        where = "on the GPU" if self.device.type == "cuda" else "in mapped files"
+        on_gpu = self.device.type == "cuda" and not Rotation(model).moves
+        where = "on the GPU" if on_gpu else "in mapped files"
         self.reporter.note(f"Hidden states: {size / 1e9:.2f} GB {where} (at most {options.cache_gb:g} GB)")
         again = model is self.model
         made = Teacher(model, self.groups, self.head, feeds, options.cache_bytes, used_again=again)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .archs import is_convolutional, max_positions
 from .calibration import sample_indices
 from .checkpoint import Dense, load_config
@@ -83,6 +85,21 @@ def check_kind(recipe: Recipe, dense: Dense) -> None:
             raise InputError("Whole blocks of a convolutional network cannot be left out.", hint="Cut channels alone.")
     elif recipe.cut_residual:
         raise InputError("--cut-residual is for convolutional networks.", hint="Leave it out.")
+
+
+def check_offload(recipe: Recipe, dense: Dense, device: torch.device) -> None:
+    """Raise InputError, before anything is computed, for what cannot be done with one layer on the device."""
+    if not recipe.offload:
+        return
+    if device.type == "cpu":
+        raise InputError("--offload is for GPUs: here the model lies in main memory anyway.", hint="Leave it out.")
+    if is_convolutional(dense.model):
+        raise InputError("--offload is for models with an encoder's layers.", hint="Leave it out.")
+    if recipe.recovers or recipe.drop_layers or recipe.drop_sublayers:
+        raise InputError(
+            "Recovery and depth run whole models, and --offload has one layer on the GPU.",
+            hint="Leave them out, or --offload.",
+        )
 
 
 def check_guards(recipe: Recipe, data: TaskData) -> None:

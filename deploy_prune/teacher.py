@@ -12,6 +12,7 @@ from .archs import per_layer
 from .batches import Batch
 from .heads import Head
 from .layerwise import DEFAULT_CACHE_BYTES, LayerRunner, StateCache, States, Taps, room
+from .offload import HOME, Rotation
 from .parallel import neighbours
 from .units import UnitGroup
 
@@ -39,7 +40,8 @@ class Teacher:
     ) -> None:
         self.layers = per_layer(groups)
         self.device = next(model.parameters()).device
-        self.whole, self.cache, self.spare_bytes = _plan(groups, feeds, self.device, most_bytes, used_again)
+        where = HOME if Rotation(model).moves else self.device
+        self.whole, self.cache, self.spare_bytes = _plan(groups, feeds, self.device, most_bytes, used_again, where)
         self.runner = LayerRunner(model, head, feeds, self.cache)
         self._targets: dict[str, States] = {}
         self._complete = False  # the targets of all layers are there
@@ -123,16 +125,21 @@ def state_bytes(groups: Sequence[UnitGroup], feeds: Sequence[Batch], device: tor
 
 
 def _plan(
-    groups: Sequence[UnitGroup], feeds: Sequence[Batch], device: torch.device, most_bytes: int, used_again: bool = True
+    groups: Sequence[UnitGroup],
+    feeds: Sequence[Batch],
+    device: torch.device,
+    most_bytes: int,
+    used_again: bool = True,
+    kept_on: torch.device | None = None,
 ) -> tuple[bool, StateCache, int]:
     """Return whether the targets of all layers are kept, the teacher's cache, and a student's most bytes."""
     hidden = groups[0].hidden
 
     def teacher(arrays: int) -> tuple[StateCache, int]:
         share = most_bytes * arrays // (arrays + STUDENT_ARRAYS)
-        return StateCache(feeds, hidden, arrays, device, share), most_bytes - share
+        return StateCache(feeds, hidden, arrays, device, share, kept_on), most_bytes - share
 
     every, spare = teacher(1 + len(groups))  # its own states, and each group's targets
-    if used_again and every.kept_bytes == every.needed_bytes <= room(device) // (2 * neighbours()):
+    if used_again and every.kept_bytes == every.needed_bytes <= room(kept_on or device) // (2 * neighbours()):
         return True, every, spare
     return False, *teacher(1 + max(len(part) for part in per_layer(groups)))

@@ -34,28 +34,35 @@ def _lend_device_guard() -> None:
     registry[_CUDA_TYPE] = registry[_META_TYPE]
 
 
-def on_cuda(model: Any) -> Any:
-    """Give a real model fake CUDA tensors for parameters and buffers, in place; call it inside `fake_cuda`."""
+def on_cuda(model: Any, device: torch.device = CUDA) -> Any:
+    """Give a model fake tensors of a device for parameters and buffers, in place; call it inside `fake_cuda`."""
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
                 if tensor is not None:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)
-                    store[name] = torch.nn.Parameter(fake) if store is module._parameters else fake
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    grad = tensor.requires_grad
+                    store[name] = torch.nn.Parameter(fake, grad) if store is module._parameters else fake
     return model
 
 
 @contextmanager
 def fake_cuda() -> Iterator[None]:
-    """Let torch.device("cuda", 0) be used on any machine; a mix of devices raises as on a real one."""
+    """Let torch.device("cuda", 0) be used on any machine; a mix of devices raises as on a real one.
+
+    Modules move by new fake tensors: those that they have cannot be exchanged in place.
+    """
     _lend_device_guard()
     memory = mock.patch("torch.cuda.mem_get_info", return_value=(1 << 40, 1 << 40))
-    with _Mode(), mock.patch("torch.autograd.grad", _gradients), memory:
+    moving = mock.patch("torch.nn.Module.to", on_cuda)
+    files = mock.patch("torch.from_file", lambda name, shared, size, dtype: torch.empty(size, dtype=dtype))
+    with _Mode(), mock.patch("torch.autograd.grad", _gradients), memory, moving, files:
         yield
 
 
-def _gradients(output: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _gradients(output: Tensor, inputs: Sequence[Tensor], grad_outputs: Tensor | None = None) -> tuple[Tensor, ...]:
     """Stand for the backward pass, whose engine insists on a real device: gradients lie where their inputs lie."""
     assert output.requires_grad
+    assert grad_outputs is None or (grad_outputs.device, grad_outputs.shape) == (output.device, output.shape)
     assert all(x.requires_grad for x in inputs)
     return tuple(torch.empty_like(x) for x in inputs)

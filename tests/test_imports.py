@@ -21,12 +21,12 @@ FOLDERS = {
 
 # A room may import rooms of its own line and of the lines above it, never of a line below.
 LAYERS = [
-    "errors documents signing units progress moments image_settings",
+    "errors parallel documents signing units progress moments image_settings",
     "latency_table images npz",
     "archs costs heads signature tasks bundle config masking modeling_sliced batches fidelity",
     "given_masks archives snippets",
     "channel_costs channel_masking patches graph_runner",
-    "calibration channel_calibration predict layerwise teacher",
+    "offload calibration channel_calibration predict layerwise teacher layer_calibration",
     "criteria",
     "search rearrange compensate",
     "slicing channel_slicing surgery module_checkpoint renaming checkpoint",

@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 
 import deploy_prune
 from deploy_prune.bundle import VARIANTS, Bundle
-from deploy_prune.checkpoint import head_of, load_variant
+from deploy_prune.checkpoint import head_of, load_dense, load_variant
 from deploy_prune.config import ALLOW_PICKLE, load_recipe
 from deploy_prune.errors import InputError, VerdictError
 from deploy_prune.export import evaluation_of
 from deploy_prune.pipeline import run, slice_given
+from deploy_prune.resolving import check_offload
 from deploy_prune.runtime_bench.flops import count_onnx
 from deploy_prune.runtimes import open_runner
 
@@ -223,3 +224,19 @@ def test_python_api_on_a_loaded_module(tmp_path: Path) -> None:
     onnx.checker.check_model(str(path))
     with pytest.raises(InputError, match=r"\(0, 1\]"):
         deploy_prune.prune(dense.model, task, 1.5)
+
+
+def test_offload_needs_a_gpu(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "model", num_hidden_layers=1)
+    where = {"data": str(data(tmp_path / "data")), "out": str(tmp_path / "b")}
+    recipe = load_recipe(None, model=str(tmp_path / "model"), task="text-classification", offload=True, **where)
+    with pytest.raises(InputError, match="--offload is for GPUs"):
+        run(recipe.model_copy(update={"device": "cpu"}))
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("asked", [{"recover_epochs": 1.0}, {"drop_layers": 1}])
+def test_offload_refuses_what_runs_whole_models(asked: dict[str, Any], tmp_path: Path) -> None:
+    dense = load_dense(str(checkpoint(tmp_path / "model", num_hidden_layers=1)), "classification")
+    with pytest.raises(InputError, match="Recovery and depth run whole models"):
+        check_offload(load_recipe(None, offload=True, **asked), dense, torch.device("cuda"))

@@ -69,16 +69,18 @@ def sweep(
     feeds = list(batches.shared())
     layers = per_layer(groups)
     result = SweepResult({}, {}, [])
-    cache = StateCache(feeds, groups[0].hidden, STUDENT_ARRAYS, teacher.device, teacher.spare_bytes)
+    kept_on = teacher.cache.kept_on
+    cache = StateCache(feeds, groups[0].hidden, STUDENT_ARRAYS, teacher.device, teacher.spare_bytes, kept_on)
     result.state_bytes = teacher.cache.kept_bytes + cache.kept_bytes
     below = Student(student, head, feeds, cache)
     for depth, layer_groups in enumerate(layers):
         sums = {}
+        below.layer(depth)  # on the device from here on, also where it is not run
         for g in layer_groups:
             last = g is layers[-1][-1] and head.kind in ("classification", "regression")
             text = "input_ids" in feeds[0].inputs  # image models may read other tokens than the first
             cls_only = solver.cls_only_last and last and text
-            salient = saliency[g.name] if saliency is not None else None
+            salient = saliency[g.name].to(below.device) if saliency is not None else None
             sums[g.name] = _Sums(g, plan, solver, feeds, cls_only, salient, gain_of(student, g), below.device)
         teacher.visit(depth, _adder(sums) if solver.parallel else None)
         for position, g in enumerate(layer_groups):
@@ -87,13 +89,14 @@ def sweep(
                 for number in range(len(feeds)):
                     h, residual = below.watch(number, g, len(part.columns))
                     part.add(number, h, teacher.target(number, g) - residual)
-            _solve(student, g, plan, part, solver, result)
+            _solve(student, g, plan, part, solver, result, kept_on)
             progress((depth + (position + 1) / len(layer_groups)) / len(layers))
         if depth < len(layers) - 1 and not solver.parallel:
             for number in range(len(feeds)):
                 if cache.holds(number):
                     below.run(number)
             below.step()
+    below.rotation.release()
     return result
 
 
@@ -178,6 +181,7 @@ def _solve(
     sums: _Sums,
     solver: Solver,
     result: SweepResult,
+    kept_on: torch.device,
 ) -> None:
     module, moments = writer(student, group), sums.fit.total()
     held = None if sums.held is None else sums.held.total()
@@ -197,7 +201,9 @@ def _solve(
     if solution.scales is not None:
         result.scales[group.name] = solution.scales
     else:
-        result.updates[group.name] = OutputWeights(solution.weight.clone(), solution.bias.clone())
+        result.updates[group.name] = OutputWeights(
+            solution.weight.to(kept_on, copy=True), solution.bias.to(kept_on, copy=True)
+        )
 
 
 def _judge(group: UnitGroup, solution: Solution, moments: Moments) -> GroupLog:

@@ -37,7 +37,7 @@ def obs(evidence: Evidence) -> Scores:
         return score_channels(
             evidence, evidence.graph, lambda x, second, weight: felt[x.path] / stats.tokens, eliminate
         )
-    return _scores(evidence, lambda g, second, weight: stats.gradient_moments[g.name] / stats.tokens)
+    return _scores(evidence, lambda g, second, weight: (stats.gradient_moments[g.name] / stats.tokens).to(second))
 
 
 @torch.no_grad()
@@ -68,8 +68,9 @@ def _scores(evidence: Evidence, metric: Callable[[UnitGroup, Tensor, Tensor], Te
         def eliminated(groups: Sequence[UnitGroup] = groups, moments: dict[str, Tensor] = moments) -> np.ndarray:
             found = []
             for g in groups:
-                weight = evidence.model.get_parameter(f"{g.consumer}.weight")
-                second = moments.pop(g.name) / stats.tokens
+                second = moments.pop(g.name)
+                second = second / stats.tokens.to(second.device)
+                weight = evidence.model.get_parameter(f"{g.consumer}.weight").to(second.device)
                 order, rises = eliminate(second, weight, metric(g, second, weight), g.width)
                 scores = np.zeros(g.size)
                 scores[order.cpu().numpy()] = np.maximum.accumulate(rises.cpu().numpy())
