@@ -1,7 +1,7 @@
 # One command each, on a machine with Python >= 3.11 and make. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup export regress test check audit fuzz test-transformers4 bench-prune clean
+.PHONY: help setup export regress test check audit fuzz test-transformers4 bench-prune bench-parallel clean
 
 PYTHON ?= python3
 # The CPU and the CUDA runtimes overwrite each other, so each flavour has an environment of its own.
@@ -79,6 +79,9 @@ $(OVERLAY)/.installed: constraints-transformers4.txt $(READY)
 
 bench-prune: $(READY) ## Time pruning, stage by stage, beside the paper's algorithm (minutes)
 	$(BIN)/python benchmarks/prune.py --shape minilm --samples 256 --length 128
+
+bench-parallel: $(READY) ## Time pruning in one process and in two (minutes)
+	$(BIN)/python benchmarks/parallel.py time --shape minilm --samples 512 --length 64
 
 clean: ## Remove caches and build outputs (environments and bundles stay)
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis $(OVERLAY)

@@ -50,3 +50,18 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     assert set(results) == {"default", "mask tuning", "reference"}
     assert all(r["peak_growth_bytes"] >= 0 for r in results.values())
     assert all(r["total"] > 0 for r in results.values())
+
+
+def test_the_benchmark_of_several_processes_runs(tmp_path: Path) -> None:
+    words = ["time", "--shape", "tiny", "--samples", "128", "--length", "12", "--rounds", "1"]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "parallel.py"), *words, "--out", str(tmp_path / "p.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "two processes against one on two threads" in done.stdout
+    document = json.loads((tmp_path / "p.json").read_text())
+    assert set(document["runs"]) == {"1 x 1", "2 x 1", "1 x 2"}
+    assert all(ratio > 0 for ratio in document["ratios"].values())
