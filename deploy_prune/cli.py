@@ -258,7 +258,7 @@ def _global(
         list[str] | None,
         typer.Option(
             metavar="MODULE",
-            help="Let checkpoints (module.json) call factories of this Python module; pt2: open a bundle's programs.",
+            help="Let checkpoints (module.json) call factories of this Python module; pt2, engines: open a bundle's.",
         ),
     ] = None,
     allow_pickle: Annotated[

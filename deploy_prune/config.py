@@ -19,10 +19,11 @@ DEFAULT_KEEP = 0.5
 ALLOW_CODE = "DEPLOY_PRUNE_ALLOW_CODE"  # environment variable: modules that module.json may call into, by commas
 ALLOW_PICKLE = "DEPLOY_PRUNE_ALLOW_PICKLE"  # environment variable: read torch's own files, by its restricted unpickler
 PROGRAMS = "pt2"  # in ALLOW_CODE: also open a bundle's .pt2 files, which name what torch calls
+ENGINES = "engines"  # in ALLOW_CODE: also open a bundle's engines, which are programs for the GPU
 
 
 def allowed_code() -> list[str]:
-    """Return what the user lets run of what checkpoints and bundles name: Python modules, and perhaps `PROGRAMS`."""
+    """Return what the user lets run: Python modules that checkpoints name, perhaps `PROGRAMS` and `ENGINES`."""
     return [name.strip() for name in os.environ.get(ALLOW_CODE, "").split(",") if name.strip()]
 
 

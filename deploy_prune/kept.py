@@ -78,6 +78,16 @@ def unpack_masks(tensors: Mapping[str, Tensor]) -> MaskSet:
     return MaskSet({name: mask.numpy() for name, mask in tensors.items()})
 
 
+def pack_rearranged(found: tuple[MaskSet, dict[str, tuple[float, float]]]) -> Kept:
+    """Return rearranged masks as tensors by group, and the objectives before and after."""
+    return pack_masks(found[0]), {"objectives": found[1]}
+
+
+def unpack_rearranged(kept: Kept) -> tuple[MaskSet, dict[str, tuple[float, float]]]:
+    """Return rearranged masks, and the objectives before and after."""
+    return unpack_masks(kept[0]), {name: (o[0], o[1]) for name, o in kept[1]["objectives"].items()}
+
+
 def pack_search(found: Search) -> Kept:
     """Return the masks that a search chose as tensors by group, and what it says of them."""
     return pack_masks(found.masks), {"solver": found.solver, "gap": found.gap, "costs": found.costs}

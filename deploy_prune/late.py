@@ -18,6 +18,7 @@ from .depth import Depth, LeftOut, choose, without
 from .heads import Head
 from .progress import Reporter
 from .recover import MOST_ROWS, Recovery, recover
+from .resume import Resume, hash_state
 from .stages import PrunedPlan, Recorder
 from .tasks.base import Row, TaskData
 
@@ -33,6 +34,7 @@ class Late:
     rows: Sequence[Row]  # the calibration's
     label_free: bool
     budget: Budget
+    keep: Resume
     scratch: Path
     recorder: Recorder
     reporter: Reporter
@@ -77,8 +79,9 @@ class Late:
         """Leave sub-layers out of a sliced model; its constants are their mean outputs."""
         model, groups = self.dense.model, pruned.groups
         with self.recorder.stage("depth") as record, self.reporter.stage("depth") as progress:
-            left_out = parallel.first(
-                lambda: choose(
+
+            def compute() -> LeftOut:
+                return choose(
                     student,
                     [g for g in groups if pruned.plan[g.name].count],
                     self.head,
@@ -88,7 +91,13 @@ class Late:
                     label_free=self.label_free,
                     pad_id=self.dense.pad_id,
                     progress=progress,
-                ),
+                )
+
+            left_out = self.keep.stage(
+                "late depth",
+                [hash_state(student.state_dict())],  # which recovery may have changed
+                record,
+                lambda: parallel.first(compute, LeftOut.pack, LeftOut.unpack),
                 LeftOut.pack,
                 LeftOut.unpack,
             )

@@ -195,7 +195,17 @@ class Work:
         )
         recorder.records = pruned.stages
         late = Late(
-            self.recipe, dense, head, self.data, self.rows, self.label_free, budget, scratch, recorder, reporter
+            self.recipe,
+            dense,
+            head,
+            self.data,
+            self.rows,
+            self.label_free,
+            budget,
+            keep,
+            scratch,
+            recorder,
+            reporter,
         )
         return late(pruned)
 

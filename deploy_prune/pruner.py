@@ -25,12 +25,12 @@ from .criteria.fisher import PAPER_BATCH_ROWS
 from .depth import LeftOut, choose
 from .heads import Head
 from .kept import (
-    pack_masks,
+    pack_rearranged,
     pack_scores,
     pack_search,
     pack_stats,
     pack_sweep,
-    unpack_masks,
+    unpack_rearranged,
     unpack_scores,
     unpack_search,
     unpack_stats,
@@ -142,7 +142,15 @@ class Pruner:
             recorder.skip("rearrange", why)
         else:
             with recorder.stage("rearrange") as record, self.reporter.stage("rearrange"):
-                masks, objectives = self._rearrange(masks, stats, options)
+                calibrated, found_masks = stats, masks
+                masks, objectives = self.keep.stage(
+                    "rearrange",
+                    [],
+                    record,
+                    lambda: self._rearrange(found_masks, calibrated, options),
+                    pack_rearranged,
+                    unpack_rearranged,
+                )
                 plan = SlicePlan.from_masks(self.groups, masks)
                 record |= {
                     "fisher_granularity": options.rearrange,
@@ -182,8 +190,8 @@ class Pruner:
     ) -> tuple[MaskSet, dict[str, tuple[float, float]]]:
         return parallel.first(
             lambda: rearrange(self.groups, masks, _gradients(stats, options)),
-            lambda found: (pack_masks(found[0]), {"objectives": found[1]}),
-            lambda kept: (unpack_masks(kept[0]), {name: tuple(o) for name, o in kept[1]["objectives"].items()}),
+            pack_rearranged,
+            unpack_rearranged,
         )
 
     def _calibrate(self, options: Options, criterion: Criterion, recorder: Recorder) -> CalibrationStats | None:

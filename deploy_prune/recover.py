@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import parallel
 from .batches import Batch, Batches
-from .bundle import disk_errors, write_atomically
+from .bundle import disk_errors, sha256_file, write_atomically
 from .calibration import hash_rows
 from .checkpoint import quiet_transformers
 from .config import Recipe
@@ -111,7 +111,7 @@ def recover(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deploy-prune-recover-")))
         stack.enter_context(disk_errors(folder))
         scratch = Scratch(folder, _key(own, teacher, rows, settings))
-        if scratch.known.get("record"):
+        if scratch.finished():
             finished = parallel.agree((load_file(folder / RESULT), {}) if parallel.rank() == 0 else None)
             student.load_state_dict((finished or ({}, {}))[0], strict=True)
             return {**scratch.known["record"], "reused": True}
@@ -184,6 +184,12 @@ class Scratch:
         if self.writes:
             write_atomically(self.folder / STATE, json.dumps(self.known) + "\n")
 
+    def finished(self) -> bool:
+        """Say whether a run has ended and its result is whole."""
+        path = self.folder / RESULT
+        whole = self.writes and path.is_file() and sha256_file(path) == self.known.get("sha256")
+        return bool(parallel.agree_values({"whole": whole and "record" in self.known})["whole"])
+
     def last_checkpoint(self) -> Path | None:
         """Return the newest complete checkpoint that every process finds; half-written ones are removed."""
         newest = self._newest() if self.writes else None
@@ -206,7 +212,7 @@ class Scratch:
             return
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
         save_file(state, self.folder / RESULT)
-        self.note(record=record)
+        self.note(record=record, sha256=sha256_file(self.folder / RESULT))
         self._clear(keep=(STATE, RESULT))
 
     def _clear(self, keep: Sequence[str] = ()) -> None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from ..bundle import Artifact, Bundle
-from ..config import PROGRAMS
+from ..config import ENGINES, PROGRAMS
 from ..errors import DeployPruneError, MissingExtraError, SystemStateError, VerdictError
 from ..runtimes import Runner, open_runner
+from ..runtimes.engine import RTX, TENSORRT, engines_refused
 from ..runtimes.fixed import FixedShape
 from ..runtimes.torch_program import programs_refused
 from .parity import check_parity, golden_within
@@ -67,9 +68,14 @@ def _runner(bundle: Bundle, artifact: Artifact) -> Runner | str:
     exporter = available_exporters().get(artifact.format)
     if exporter is None:
         return "no exporter of this format is here"
-    if artifact.format == PROGRAMS and (refusal := programs_refused()):
-        return f"{refusal}; if you trust the bundle, allow it: deploy-prune --allow-code {PROGRAMS} verify ..."
     runner = exporter.runner(artifact, bundle.path(artifact.path))
-    if isinstance(runner, str) or artifact.shape is None:
+    if isinstance(runner, str):
+        return runner
+    engine = artifact.format in (TENSORRT.format, RTX.format)
+    refusal = engines_refused() if engine else programs_refused() if artifact.format == PROGRAMS else ""
+    if refusal:
+        word = ENGINES if engine else PROGRAMS
+        return f"{refusal}; if you trust the bundle, allow it: deploy-prune --allow-code {word} verify ..."
+    if artifact.shape is None:
         return runner
     return FixedShape(runner, artifact.shape, int(bundle.manifest.model.get("pad_id", 0)))

@@ -11,6 +11,7 @@ from bundles_tiny import exported_bundle
 from exports_tiny import FAMILIES, made, runner, source
 
 from deploy_prune.bundle import Bundle
+from deploy_prune.config import ALLOW_CODE, ENGINES
 from deploy_prune.errors import InputError, MissingExtraError, SystemStateError, VerdictError
 from deploy_prune.export import Options, export_bundle, verify_bundle
 from deploy_prune.export.engines import EXPORTERS, EngineExporter
@@ -49,7 +50,7 @@ def test_without_a_gpu_the_reason_is_said() -> None:
 
 
 @no_gpu
-def test_a_bundle_keeps_an_unrun_engine_with_its_source(tmp_path: Path) -> None:
+def test_a_bundle_keeps_an_unrun_engine_with_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = exported_bundle(tmp_path)
     (engine,) = export_bundle(bundle, formats=["rtx"], variants=["sliced"]).artifacts
     bundle.commit()
@@ -67,6 +68,9 @@ def test_a_bundle_keeps_an_unrun_engine_with_its_source(tmp_path: Path) -> None:
     found = verify_bundle(bundle)
     assert [(a.format, reason) for a, reason in found.unchecked] == [("rtx", missing_gpu())]
     assert len(found.artifacts) == 3
+    with pytest.raises(InputError, match="--allow-code engines"), open_runner(bundle, "rtx", "sliced"):
+        pass
+    monkeypatch.setenv(ALLOW_CODE, ENGINES)
     with pytest.raises(SystemStateError, match="GPU"), open_runner(bundle, "rtx", "sliced"):
         pass
 

@@ -22,12 +22,14 @@ from deploy_prune.resume import HALF, Resume, resume_folder
 
 # How runs are set up, and what a rerun takes over that was killed at the start of each stage.
 PRUNED = ["calibrate", "score", "search", "compensate"]
+REARRANGED = [*PRUNED[:3], "rearrange", "compensate"]
 WAYS: dict[str, tuple[dict[str, Any], dict[str, list[str]]]] = {
     "refit": ({}, {"score": ["calibrate"], "compensate": PRUNED[:3], "evaluate": PRUNED}),
-    "mask-tuning": ({"compensate": "mask-tuning"}, {"rearrange": PRUNED[:3], "evaluate": PRUNED}),
+    "mask-tuning": ({"compensate": "mask-tuning"}, {"rearrange": PRUNED[:3], "evaluate": REARRANGED}),
     "steps": ({"steps": 3}, {"step 2": PRUNED[:2], "search": ["calibrate", "score", "steps"]}),
     "depth": ({"drop_sublayers": 1}, {"search": ["calibrate", "score", "depth"]}),
-    "recovery": ({"recover_epochs": 1.0, "compensate": "mask-tuning"}, {"evaluate": PRUNED}),
+    "recovery": ({"recover_epochs": 1.0, "compensate": "mask-tuning"}, {"evaluate": REARRANGED}),
+    "late depth": ({"drop_sublayers": 1, "depth_order": "after"}, {"evaluate": [*PRUNED, "late depth"]}),
     "channels": ({}, {"compensate": PRUNED[:3], "evaluate": PRUNED}),
     "channels in steps": ({"steps": 2, "compensate": "fold"}, {"step 1": PRUNED[:2], "compensate": PRUNED[:2]}),
 }
@@ -90,7 +92,7 @@ def test_a_killed_run_is_taken_up_and_ends_bit_for_bit_alike(way: str, tmp_path:
         again = Watcher()
         made = pruned(settings, again)
         if way == "channels in steps" and stage == "compensate":
-            expected = [*expected, "steps", "search"]
+            expected = [*expected, "steps", "search", "rearrange"]
         assert again.resumed == expected
         assert identity(made) == identity(whole)
         assert made.manifest.files["plan.json"] == whole.manifest.files["plan.json"]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle, Variant
+from ..config import ENGINES, allowed_code
 from ..errors import InputError, MissingExtraError, SystemStateError
 from .base import Arrays, Runner, TensorSpec, find_artifact
 
@@ -169,9 +170,16 @@ def check_machine(built: dict[str, Any], version: str, gpu: str, api: API) -> No
         )
 
 
+def engines_refused() -> str:
+    """Say why a bundle's engines are not opened, or ""."""
+    return "" if ENGINES in allowed_code() else "An engine is a program that the GPU runs as it is"
+
+
 def _opener(api: API) -> Any:
     def open_engine(bundle: Bundle, variant: Variant, *, threads: int | None = None, precision: str = "fp32") -> Runner:
-        """Open a variant's engine on the first GPU; `threads` means nothing there."""
+        """Open a variant's engine on the first GPU; `threads` means nothing. Raises InputError unless it is allowed."""
+        if refusal := engines_refused():
+            raise InputError(f"{refusal}.", hint=f"If you trust the bundle: deploy-prune --allow-code {ENGINES} ...")
         artifact = find_artifact(bundle, variant, api.format, precision)
         return EngineRunner(bundle.path(artifact.path), api, artifact.engine)
 

@@ -30,6 +30,7 @@ from .tensors import check_shape, datatype_of, from_bytes, from_json, json_of, p
 log = logging.getLogger("deploy_prune.server")
 HEADER_LENGTH = "inference-header-content-length"  # of the JSON before raw tensors
 EXTENSIONS = ["binary_tensor_data", "model_repository"]
+LONG_BYTES = 1 << 18  # of a body, beyond which it is decoded beside the event loop
 OPEN = ("/v2/health/live", "/v2/health/ready", "/")  # what needs no token
 PAGE_POLICY = (  # the page asks this server alone
     "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -167,7 +168,11 @@ def make_app(
 
     async def run(request: Request, name: str, version: str | None) -> Response:
         async with bodies.read(request) as raw:
-            asked, feeds = decode(raw, request.headers, engine.models.serving.request_elements)
+            most = engine.models.serving.request_elements
+            if len(raw) > LONG_BYTES:  # others are answered meanwhile
+                asked, feeds = await asyncio.to_thread(decode, raw, request.headers, most)
+            else:
+                asked, feeds = decode(raw, request.headers, most)
         answer = await engine.infer("http", name, version, feeds, [w.name for w in asked.outputs or ()])
         return encode(answer, asked)
 
