@@ -53,10 +53,15 @@ class Shape:
     neurons: int
 
 
-SHAPES = {"minilm": Shape(384, 6, 12, 1536), "bert-base": Shape(768, 12, 12, 3072), "tiny": Shape(64, 2, 4, 256)}
+SHAPES = {
+    "minilm": Shape(384, 6, 12, 1536),
+    "bert-base": Shape(768, 12, 12, 3072),
+    "bert-large": Shape(1024, 24, 16, 4096),
+    "tiny": Shape(64, 2, 4, 256),
+}
 
 
-def make_model(shape: Shape, seed: int = 0) -> Any:
+def make_model(shape: Shape, seed: int = 0, vocabulary: int = 8000) -> Any:
     """Return a BERT classifier of this shape with random weights."""
     torch.manual_seed(seed)
     config = transformers.BertConfig(
@@ -64,7 +69,7 @@ def make_model(shape: Shape, seed: int = 0) -> Any:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         intermediate_size=shape.neurons,
-        vocab_size=8000,
+        vocab_size=vocabulary,
         num_labels=2,
     )
     return transformers.BertForSequenceClassification(config).eval()
@@ -112,7 +117,7 @@ class PeakMemory:
 
 
 def main(
-    shape: Annotated[str, typer.Option(help="tiny, minilm or bert-base.")] = "minilm",
+    shape: Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}.")] = "minilm",
     model: Annotated[str | None, typer.Option(help="Folder of a real checkpoint, with --task and --data.")] = None,
     task: str = "",
     data: str | None = None,
