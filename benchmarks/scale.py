@@ -6,9 +6,9 @@
     python benchmarks/scale.py table scale.jsonl
     python benchmarks/scale.py sweep scale.jsonl recipes/paper-table.toml --workers 1,8,32,160
 
-`measure` adds a line for each method and number of rows, of a model with random weights: seconds, never quality. From two
-numbers of rows follow what a stage takes whatever the rows, and what each token adds. `sweep` runs a sweep's jobs through a
-simulated cluster: workers that take one job after another, and die now and then.
+`measure` adds a line for each method and number of rows, of a model with random weights: seconds, never quality. From
+two numbers of rows follow what a stage takes whatever the rows, and what each token adds. `sweep` runs a sweep's jobs
+through a simulated cluster: workers that take one job after another, and die now and then.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def measure(
 
 
 def _seconds(stages: Sequence[dict[str, Any]]) -> dict[str, float]:
-    took = {name: 0.0 for name in STAGES}
+    took = dict.fromkeys(STAGES, 0.0)
     for stage in stages:
         if stage["name"] in took and not stage.get("reused"):
             took[stage["name"]] = stage["seconds"]
@@ -241,9 +241,10 @@ class Simulated:
 
 
 def simulate(jobs: Sequence[tuple[float, list[float]]], workers: int, life: float, seed: int) -> Simulated:
-    """Let workers take jobs in order; one that dies is replaced, and its job's unfinished cells go to the queue's front.
+    """Let workers take jobs in order; the unfinished cells of one that dies go to the queue's front.
 
-    Lives are exponential with the mean `life` in seconds; 0 means forever. A job taken up again calibrates again.
+    It is replaced at once. Lives are exponential with the mean `life` in seconds; 0 means forever. A job that is taken
+    up again calibrates again.
     """
     rng, queue, found = np.random.default_rng(seed), deque(jobs), Simulated(0.0)
     free = [(0.0, number) for number in range(workers)]
