@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the README's reader has it, and a demo that is already in the cache."""
     folder = tmp_path_factory.mktemp("reader")
     checkpoint(folder / "my-model")
-    data(folder / "my-data")
+    data(folder / "my-data", train=160)
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     shutil.copy(ROOT / "tests" / "conv_tiny.py", folder / "my_nets.py")
     made = channel_checkpoint(folder / "my-cnn") / "module.json"
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_commands_are_all_known() -> None:
     assert BASH[:2] == ["make export", "make test"]
-    assert all(line.startswith(("make ", "deploy-prune ")) for line in BASH)
+    assert all(line.startswith(("make ", "deploy-prune ", "torchrun ")) for line in BASH)
 
 
 def test_commands_in_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +62,8 @@ def test_commands_in_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             assert_serves(line)
         elif line.startswith("deploy-prune"):
             assert invoke(shlex.split(line)[1:]) == 0, line
+        elif line.startswith("torchrun"):
+            subprocess.run([sys.executable, "-m", "torch.distributed.run", *shlex.split(line)[1:]], check=True)
         if line.startswith("deploy-prune probe"):
             linear_costs(folder / "lut.json")
 
