@@ -25,6 +25,7 @@ _LAZY = {
     "run": "pipeline",
     "save_module": "module_checkpoint",
     "slice_model": "api",
+    "team": "parallel",
 }
 __all__ = ["__version__", *sorted(_LAZY)]
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .config import Recipe
     from .costs import Budget
     from .module_checkpoint import load_module, save_module
+    from .parallel import team
     from .pipeline import run
     from .stages import Options, PrunedPlan
     from .tasks import load_task
