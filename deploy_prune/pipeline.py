@@ -97,7 +97,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
         dense.model.to(device)
         budget, options = budget_of(recipe), _options(recipe, label_free)
         how: dict[str, Any] = {"pad_id": dense.pad_id, "residual": recipe.cut_residual}
-        key = run_key(dense.model, head, rows, budget, options, _versions(), **how)
+        key = run_key(dense.model, head, rows, budget, options, versions(), **how)
         keep = stack.enter_context(Resume(kept, key, reporter.note))
         pruned = prune_rows(dense.model, head, rows, budget, options=options, reporter=reporter, keep=keep, **how)
         recorder = Recorder(device)
@@ -303,7 +303,7 @@ def _task_entry(name: str | None, head: Head, data: TaskData | None) -> dict[str
 def _fill(bundle: Bundle, variants: Variants, dense: Dense, head: Head, name: str) -> None:
     """Fill in the model, the plan and the exact counts."""
     manifest, plan, seq_len = bundle.manifest, variants.plan, int(bundle.manifest.budget["seq_len"])
-    manifest.versions = {"deploy_prune": __version__, "python": platform.python_version(), **_versions()}
+    manifest.versions = {"deploy_prune": __version__, "python": platform.python_version(), **versions()}
     manifest.model = {
         "name": name,
         "source": dense.source,
@@ -356,7 +356,8 @@ def _guard(bundle: Bundle, recipe: Recipe) -> None:
             )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the releases that results depend on."""
     found = {}
     for name in VERSIONED:
         try:
