@@ -142,11 +142,12 @@ class Desk:
 
     def budget(self, cell: Cell) -> Budget:
         """Return a cell's limit."""
-        return Budget(
-            **{f"keep_{self.settings.budget}": cell.keep},
-            seq_len=self.entry.seq_len,
-            lut=self.lut if self.settings.budget == "latency" else None,
-        )
+        kind, length = self.settings.budget, self.entry.seq_len
+        if kind == "latency":
+            return Budget(keep_latency=cell.keep, lut=self.lut, seq_len=length)
+        if kind == "params":
+            return Budget(keep_params=cell.keep, seq_len=length)
+        return Budget(keep_flops=cell.keep, seq_len=length)
 
     def cell_key(self, cell: Cell) -> str:
         """Return the SHA-256 of all that a cell's result depends on."""
