@@ -23,6 +23,7 @@ from runs_tiny import checkpoint, data
 from deploy_prune.cli import invoke
 from deploy_prune.errors import InputError, SystemStateError, VerdictError
 from deploy_prune.experiments import Lab, Setting
+from deploy_prune.latency_table import KindTable, LatencyTable
 from deploy_prune.progress import Progress, Silent
 from deploy_prune.stages import Options
 from deploy_prune.sweep import Sweep, SweepSettings, run_sweep
@@ -236,6 +237,27 @@ def test_failures_are_rows(place: Place, tmp_path: Path, capsys: pytest.CaptureF
     assert "3 of 4 rows failed" in captured.err
     assert "Failed:" in captured.out
     assert "4 cells, 1 of them kept from before" in captured.out
+
+
+def test_budgets_may_be_of_parameters_or_latency(place: Place, cluster: str, tmp_path: Path) -> None:
+    few: dict[str, Any] = {"keeps": [0.6], "seeds": [0], "compensate": ["none"]}
+    (row,) = run_sweep(place.settings(**few, budget="params"), tmp_path).rows
+    units = 2 * (4 * 32 * 32 + 3 * 32 + 2 * 24 * 32 + 24)  # of two layers, without the biases that stay
+    assert 0.5 * units < units - (row["params_dense"] - row["params"]) <= 0.6 * units
+    kinds = {}
+    for kind, size, width, ms in (("head", 4, 8, 1.0), ("neuron", 24, 1, 3.0)):
+        straight = [0.0, ms]
+        times = {"ms": straight, "low_ms": straight, "high_ms": straight}
+        kinds[kind] = KindTable(size=size, width=width, counts=[0, size], **times)
+    shape: dict[str, Any] = {"hidden": 32, "layers": 2, "base_ms": 1.0, "dense_ms": 9.0, "kinds": kinds}
+    lut = LatencyTable(runtime="torch", batch=1, seq=8, **shape)
+    (tmp_path / "lut.json").write_text(lut.model_dump_json())
+    entries = [place.entry(lut=str(tmp_path / "lut.json"))]
+    (row,) = run_sweep(place.settings(**few, budget="latency", entries=entries), tmp_path).rows
+    assert row["reason"] is None
+    (tmp_path / "lut.json").write_text(lut.model_copy(update={"layers": 3}).model_dump_json())
+    (other,) = run_sweep(place.settings(**few, budget="latency", entries=entries), tmp_path).rows
+    assert "measured on 3 layers" in other["reason"], "another table is another cell"
 
 
 @pytest.mark.parametrize("changed", ["samples", "evaluation", "weights"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from scipy import stats
 
 from deploy_prune.config import load_settings
 from deploy_prune.errors import InputError
-from deploy_prune.sweep import SweepSettings, run_sweep
+from deploy_prune.sweep import Entry, SweepSettings, run_sweep
 from deploy_prune.sweep.cells import expand, jobs_of
 from deploy_prune.sweep.report import as_html, as_markdown
 from deploy_prune.sweep.results import COLUMNS, Point, Sweep, fronts, marked, summarise
@@ -39,6 +40,13 @@ def test_the_small_recipe_needs_nothing_from_outside() -> None:
     settings = load_settings(SweepSettings, RECIPES / "sweep-small.toml", "sweep")
     assert len(expand(settings)) >= 8
     assert {entry.model for entry in settings.entries} == {"digits-vit"}
+
+
+def test_the_docs_name_every_key_and_column() -> None:
+    text = (RECIPES.parent / "docs" / "sweep.md").read_text("utf-8")
+    named = set(re.findall(r"`(\w+)`", text))
+    assert named >= {*COLUMNS, *Entry.model_fields, *SweepSettings.model_fields} - {"entries"}
+    assert "[[entries]]" in text
 
 
 @pytest.mark.parametrize(
