@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
-from runs_tiny import checkpoint, data
+from runs_tiny import channel_checkpoint, checkpoint, data, image_data
 
 from deploy_prune.cli import invoke
 from deploy_prune.errors import InputError, SystemStateError, VerdictError
@@ -65,8 +67,8 @@ def cluster() -> Iterator[str]:
     from ray.cluster_utils import Cluster
 
     with tempfile.TemporaryDirectory(prefix="dp-ray-", ignore_cleanup_errors=True) as folder:
-        head = {"num_cpus": 2, "include_dashboard": False, "temp_dir": folder}
-        made = Cluster(initialize_head=True, head_node_args=head)
+        os.environ["RAY_TMPDIR"] = folder
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
         made.add_node(num_cpus=0, resources={LABEL: 1})
         try:
             with connected(made.address, 0):
@@ -191,6 +193,7 @@ def test_a_killed_driver_leaves_its_cells(undisturbed: tuple[Sweep, Path], place
             time.sleep(0.005)
         started = psutil.Process(driver.pid).children(recursive=True)
         agents = [p for p in started if p.name().endswith("Agent")]
+        left = {f for p in started for word in p.cmdline() for f in re.findall(r"/[^=]*/dp-ray-\w+", word)}
         listening = {c.laddr.ip for p in started for c in connections(p)}
     finally:
         driver.kill()
@@ -205,6 +208,8 @@ def test_a_killed_driver_leaves_its_cells(undisturbed: tuple[Sweep, Path], place
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     assert not alive, "its cluster ends with it"
+    assert len(left) == 1
+    shutil.rmtree(left.pop(), ignore_errors=True)
     sweep = run_sweep(place.settings(), out)
     assert sweep.account["reused"] == kept
     assert table(sweep) == table(undisturbed[0])
@@ -258,6 +263,17 @@ def test_budgets_may_be_of_parameters_or_latency(place: Place, cluster: str, tmp
     (tmp_path / "lut.json").write_text(lut.model_copy(update={"layers": 3}).model_dump_json())
     (other,) = run_sweep(place.settings(**few, budget="latency", entries=entries), tmp_path).rows
     assert "measured on 3 layers" in other["reason"], "another table is another cell"
+
+
+def test_convolutional_networks_are_swept_too(cluster: str, tmp_path: Path) -> None:
+    model = channel_checkpoint(tmp_path / "model", "resnet")
+    entry = {"model": str(model), "data": str(image_data(tmp_path / "images.npz", size=16))}
+    few = {"keeps": [0.8], "samples": 64, "compensate": ["fold+batch-norm"]}
+    sweep = run_sweep(SweepSettings.model_validate({"entries": [entry], **few}), tmp_path / "out")
+    (row,) = sweep.rows
+    assert row["reason"] is None
+    assert row["task"] == "image-classification", "inferred"
+    assert row["kept_flops"] <= 0.8
 
 
 @pytest.mark.parametrize("changed", ["samples", "evaluation", "weights"])

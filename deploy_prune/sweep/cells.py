@@ -16,6 +16,7 @@ from ..config import ALLOW_CODE, ALLOW_PICKLE
 from .settings import SweepSettings
 
 PACKAGE = Path(__file__).resolve().parents[1]
+ELSEWHERE = ("export", "runtime_bench")  # lie in PACKAGE only where a wheel was installed
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ def job_spec(
 
 
 def code_hash() -> str:
-    """Return the SHA-256 of this package's sources: every node must have the same."""
-    return digest([sha256_file(path) for path in sorted(PACKAGE.rglob("*.py"))])
+    """Return the SHA-256 of the sources that prune: every node must have the same, however they are installed."""
+    sources = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
+    return digest([sha256_file(p) for name, p in sorted(sources.items()) if name.parts[0] not in ELSEWHERE])
 
 
 def digest(value: Any) -> str:

@@ -7,7 +7,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ..errors import InputError, MissingExtraError, SystemStateError
@@ -32,30 +32,42 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
     A connection that is there already is used as it is. Raises MissingExtraError, or SystemStateError where no cluster
     answers.
     """
-    environment = _QUIET if address else _QUIET | _LOCAL
-    for name, value in environment.items():  # read when ray is imported
-        os.environ.setdefault(name, value)
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingExtraError("ray", "sweep") from error
-    if ray.is_initialized():
-        yield
-        return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        if address:
-            with _starting(f"the Ray cluster at {address}"):
-                ray.init(address=address, **quiet)
+    with ExitStack() as stack:
+        stack.enter_context(_environment(_QUIET if address else _QUIET | _LOCAL))
+        try:
+            import ray
+        except ImportError as error:
+            raise MissingExtraError("ray", "sweep") from error
+        if ray.is_initialized():
             yield
-        else:
-            with tempfile.TemporaryDirectory(prefix="dp-ray-", ignore_cleanup_errors=True) as folder:
-                with _starting("a Ray cluster on this machine"):
-                    ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=folder, **quiet)
-                yield
-                ray.shutdown()
+            return
+        how: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+        if address is None:
+            own = tempfile.TemporaryDirectory(prefix="dp-ray-", dir=_short_folder(), ignore_cleanup_errors=True)
+            how |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+            how["_temp_dir"] = stack.enter_context(own)
+        stack.callback(ray.shutdown)
+        with _starting(f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"):
+            ray.init(**how)
+        yield
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables that the user has not set, until the block ends; some are read when ray is imported."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
     finally:
-        ray.shutdown()
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _short_folder() -> str:
+    """Return where Ray's sockets may lie: their paths have 107 bytes at most, of which Ray takes about 80."""
+    usual = tempfile.gettempdir()
+    return usual if len(usual) < 24 or not os.path.isdir("/tmp") else "/tmp"  # nosec B108
 
 
 @contextmanager

@@ -102,8 +102,9 @@ class Driver:
 
         while self.queue and len(self.running) < self.workers:
             job = self.queue.popleft()
-            known = [key for key, result in self.known.items() if self._complete(key, result)]
-            spec = job_spec(job, self.settings, known, self.store.models(), self.code)
+            models = self.store.models()
+            known = [key for key, result in self.known.items() if self._complete(key, result, models)]
+            spec = job_spec(job, self.settings, known, models, self.code)
             task = ray.remote(run_job).options(
                 num_cpus=self.settings.threads,
                 num_gpus=1 if self.settings.device == "cuda" else 0,
@@ -208,11 +209,11 @@ class Driver:
         where = bench.place or socket.gethostname()
         return digest([key, bench.runtime, where, s.bench_batch, s.bench_seq, s.bench_threads, s.bench_seconds])
 
-    def _complete(self, key: str, result: dict[str, Any]) -> bool:
+    def _complete(self, key: str, result: dict[str, Any], models: set[str]) -> bool:
         """Say whether a cell's result is all that is needed of it: what is to be measured needs its models too."""
         if all(self._bench_key(key, bench) in self.measured for bench in self._benches_of(0)):
             return True
-        return {key, result.get("dense_model")} <= self.store.models()
+        return {key, result.get("dense_model")} <= models
 
     def _measure(self, bench: Bench) -> None:
         import ray
@@ -255,11 +256,13 @@ class Driver:
     def rows(self) -> list[dict[str, Any]]:
         """Return one row a cell, or one for each of its measurements, in the order of the cells."""
         found = []
+        done = [(cell.entry, self.results[cell.number].get("result")) for cell in self.cells]
+        tasks = {entry: result["task"] for entry, result in done if result}  # also those that were inferred
         for cell in self.cells:
-            entry = self.settings.entries[cell.entry].located()
+            entry = self.settings.entries[cell.entry]
             row: dict[str, Any] = {
                 "model": entry.label,
-                "task": entry.task,
+                "task": tasks.get(cell.entry, entry.task),
                 "budget": self.settings.budget,
                 "keep": cell.keep,
                 "seed": cell.seed,
