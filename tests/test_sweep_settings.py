@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 from scipy import stats
 
 from deploy_prune.config import load_settings
-from deploy_prune.errors import InputError
+from deploy_prune.errors import InputError, SystemStateError
 from deploy_prune.sweep import Entry, SweepSettings, run_sweep
 from deploy_prune.sweep.cells import expand, jobs_of
+from deploy_prune.sweep.cluster import connected
 from deploy_prune.sweep.report import as_html, as_markdown
 from deploy_prune.sweep.results import COLUMNS, Point, Sweep, fronts, marked, summarise
 from deploy_prune.sweep.store import Store
@@ -90,6 +92,19 @@ def test_unknown_names_are_refused_before_anything_is_computed(
     with pytest.raises(InputError, match=said):
         run_sweep(settings, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("address", ["here", "ray://127.0.0.1:10001", ":6379", "127.0.0.1:port"])
+def test_addresses_are_host_and_port(address: str) -> None:
+    with pytest.raises(InputError, match="no address"), connected(address, 0):
+        pass
+
+
+def test_a_cluster_that_does_not_answer_is_said_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(SystemStateError, match=f"No Ray cluster answers at 127.0.0.1:{port}"):
+        connected(f"127.0.0.1:{port}", 0).__enter__()
 
 
 def test_paths_are_whole_and_ids_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

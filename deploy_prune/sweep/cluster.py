@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,15 +24,18 @@ _LOCAL = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else Ray writes one into the user's home
 }
+SECONDS_TO_ANSWER = 5.0
 
 
 @contextmanager
 def connected(address: str | None, cpus: int) -> Iterator[None]:
     """Connect to the cluster at an address, or start one of this machine with so many CPUs, until the block ends.
 
-    A connection that is there already is used as it is. Raises MissingExtraError, or SystemStateError where no cluster
-    answers.
+    A connection that is there already is used as it is. Raises MissingExtraError, InputError for what is no address, or
+    SystemStateError where no cluster answers.
     """
+    if address:
+        _check_address(address)
     with ExitStack() as stack:
         stack.enter_context(_environment(_QUIET if address else _QUIET | _LOCAL))
         try:
@@ -50,6 +54,23 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
         with _starting(f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"):
             ray.init(**how)
         yield
+
+
+def _check_address(address: str) -> None:
+    """Raise an error unless somebody listens at an address: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if address == "auto":
+        return
+    if not host or not port.isdigit() or "/" in address:
+        raise InputError(
+            f"'{address}' is no address of a Ray cluster.", hint="Give HOST:PORT as ray start prints it, or auto."
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()
+    except (OSError, OverflowError) as error:
+        raise SystemStateError(
+            f"No Ray cluster answers at {address}: {error}.", hint="Start one: ray start --head --port 6379"
+        ) from error
 
 
 @contextmanager
