@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ray import ObjectRef, ObjectRefGenerator
 
 POLL_SECONDS = 1.0
-AHEAD = 2  # events that a job may be ahead of the driver: each may carry a model's files
+AHEAD = 1  # events that the driver has not read: more, and it could not tell in which cell a worker was lost
 
 
 @dataclass
