@@ -50,7 +50,11 @@ def run_sweep(
         check_labels(settings.bench_on)
         room = capacity(settings.threads, settings.device)
         driver = Driver(settings, Store(folder), min(workers or room, room), reporter)
-        driver.run()
+        try:
+            driver.run()
+        except KeyboardInterrupt:
+            reporter.note("The cells that were finished are kept: the same command goes on behind them.")
+            raise
         return finish(settings, driver.rows(), driver.account(started), folder)
 
 
