@@ -18,11 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
-from runs_tiny import channel_checkpoint, checkpoint, data, image_data
+from runs_tiny import channel_checkpoint, checkpoint, data, image_checkpoint, image_data
 
 from deploy_prune.cli import invoke
+from deploy_prune.config import load_settings
+from deploy_prune.demo import DEMOS
 from deploy_prune.errors import InputError, SystemStateError, VerdictError
 from deploy_prune.experiments import Lab, Setting
 from deploy_prune.latency_table import KindTable, LatencyTable
@@ -33,6 +36,7 @@ from deploy_prune.sweep.cluster import _LOCAL, _QUIET, connected
 
 pytest.importorskip("pyarrow", reason="the extra sweep is not installed")
 LABEL = "edge-box"
+SMALL = Path(__file__).resolve().parents[1] / "recipes" / "sweep-small.toml"
 CELLS = {"keeps": [0.8, 0.5], "seeds": [0, 1], "compensate": ["refit", "none"], "samples": 64}
 NOT_RESULTS = ("host", "pid", "bench_host", "bench_cpu", "latency_ms", "latency_ms_dense")
 NOT_RESULTS = (*NOT_RESULTS, "ratio", "ratio_low", "ratio_high")
@@ -59,10 +63,25 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
+def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with a tiny model in the place of the demo digits-vit."""
+    root = tmp_path_factory.mktemp("cache")
+    folder = root / f"digits-vit-{DEMOS['digits-vit'].version}"
+    image_checkpoint(folder / "model")
+    (folder / "data").mkdir()
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 96), ("validation", 48)):
+        images = rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+        np.savez(folder / "data" / f"{name}.npz", images=images, labels=rng.integers(0, 3, count))
+    (folder / "demo.json").write_text("{}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def cluster(demo_cache: Path) -> Iterator[str]:
     """Two workers, and beside them a node that only measures; all sweeps of this file run on it."""
     before = dict(os.environ)
-    os.environ |= _QUIET | _LOCAL
+    os.environ |= _QUIET | _LOCAL | {"DEPLOY_PRUNE_CACHE": str(demo_cache)}
     pytest.importorskip("ray", reason="the extra sweep is not installed")
     from ray.cluster_utils import Cluster
 
@@ -86,8 +105,12 @@ def undisturbed(place: Place, cluster: str, tmp_path_factory: pytest.TempPathFac
 
 
 def table(sweep: Sweep) -> list[dict[str, Any]]:
+    return results_of(sweep.rows)
+
+
+def results_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows without what no two runs have in common: times, and where it was."""
-    return [{k: v for k, v in r.items() if k not in NOT_RESULTS and not k.startswith("seconds")} for r in sweep.rows]
+    return [{k: v for k, v in r.items() if k not in NOT_RESULTS and not k.startswith("seconds")} for r in rows]
 
 
 class Watching(Silent):
@@ -166,6 +189,19 @@ def test_a_killed_worker_changes_nothing(undisturbed: tuple[Sweep, Path], place:
     assert sweep.account["restarts"] == 1
     assert any("A worker was lost" in note for note in watching.notes)
     assert table(sweep) == table(undisturbed[0])
+
+
+def test_the_small_recipe_gives_the_same_table_when_a_worker_is_killed(cluster: str, tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    assert invoke(["sweep", "-c", str(SMALL), "--out", str(tmp_path / "whole"), "--workers", "2"]) == 0
+    whole = parquet.read_table(tmp_path / "whole" / "results.parquet").to_pylist()
+    assert len(whole) == 16
+    assert {row["status"] for row in whole} == {"done"}
+    settings = load_settings(SweepSettings, SMALL, "sweep")
+    killed = run_sweep(settings, tmp_path / "killed", reporter=Watching(tmp_path / "killed" / "cells", kill))
+    assert killed.account["restarts"] == 1
+    assert results_of(killed.rows) == results_of(whole)
 
 
 def test_a_cell_that_costs_its_worker_is_a_row_with_the_reason(place: Place, tmp_path: Path) -> None:

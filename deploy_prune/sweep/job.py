@@ -135,6 +135,8 @@ class Desk:
             search=s.search,
             scope=s.scope,
             align=s.align,
+            min_heads=s.min_heads,
+            min_neurons=s.min_neurons,
             seed=cell.seed,
             forward_dtype=s.forward_dtype,
             cache_gb=s.cache_gb,

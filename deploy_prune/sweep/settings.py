@@ -62,6 +62,8 @@ class SweepSettings(BaseModel):
     search: Literal["exact", "paper"] = _field("exact", "exact, or the paper's greedy search.")
     scope: Literal["global", "local"] = _field("global", "Units compete in the whole model, or in each layer.")
     align: int = _field(1, "Keep widths that are multiples of this.", ge=1)
+    min_heads: int = _field(1, "Heads that every layer keeps at least.", ge=0)
+    min_neurons: int | None = _field(None, "Neurons that every layer keeps at least (default: as in run).", ge=0)
     samples: int | None = _field(None, "Training rows to calibrate on (default: as in run).", ge=MIN_SAMPLES)
     forward_dtype: Literal["fp32", "bf16", "fp16"] = _field("fp32", "Precision of calibration's forward.")
     cache_gb: float = _field(16.0, "GB of hidden states that each worker may keep.", gt=0)
