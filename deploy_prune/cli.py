@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from . import __version__, cli_export, cli_gate, cli_lab, cli_serve, cli_sign, screen
+from . import __version__, cli_export, cli_gate, cli_lab, cli_serve, cli_sign, cli_sweep, screen
 from .bundle import Bundle, disk_errors, locked, write_atomically
 from .config import ALLOW_CODE, ALLOW_PICKLE, BenchSettings, Recipe
 from .errors import DeployPruneError, DismissedError, MissingExtraError, SystemStateError, VerdictError
@@ -46,6 +46,9 @@ EXTRA_OF = {
     "transformers": "cpu",
     "onnx": "cpu",
     "plotly": "cpu",
+    "pyarrow": "sweep",
+    "ray": "sweep",
+    "threadpoolctl": "sweep",
     "onnxruntime": "cpu",
     "scipy": "cpu",
     "openvino": "openvino",
@@ -212,6 +215,7 @@ app.add_typer(cli_gate.app)
 app.add_typer(cli_serve.app)
 app.add_typer(cli_sign.app)
 app.add_typer(cli_lab.app)
+app.add_typer(cli_sweep.app)
 
 
 @app.command()

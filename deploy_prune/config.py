@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
@@ -349,10 +349,19 @@ def _explain(error: ValidationError, path: str | Path | None, settings: type[Bas
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key '{key}'; known: {', '.join(sorted(settings.model_fields))}")
+            lines.append(f"unknown key '{key}'; known: {', '.join(sorted(_table(settings, item['loc']).model_fields))}")
         else:
             message = item["msg"].removeprefix("Value error, ")
             shown = f"{key} = {item['input']!r:.200}: " if key else ""  # no key: several fields do not fit together
             lines.append(f"{shown}{message[0].lower()}{message[1:]}")
     where = f"The recipe {path}" if path else "The settings"
     return f"{where} cannot be used: " + "; ".join(lines) + "."
+
+
+def _table(settings: type[BaseModel], place: tuple[Any, ...]) -> type[BaseModel]:
+    """Return the model that a key's place lies in: the settings themselves, or one of a list of tables of theirs."""
+    for name in place[:-1]:
+        if name in settings.model_fields:
+            kinds = [k for k in get_args(settings.model_fields[name].annotation) if isinstance(k, type)]
+            settings = next((k for k in kinds if issubclass(k, BaseModel)), settings)
+    return settings

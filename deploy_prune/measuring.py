@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from .runtime_bench.stats import Ratio, ratio_of_medians, summarise_ms
 from .runtime_bench.subjects import Subject
 from .signature import Signature
 
-FORMAT_OF = {"ort-cpu": "onnx"}  # what a runtime reads; the others load the checkpoint
+# What a runtime reads; the others load the checkpoint.
+FORMAT_OF = {"ort-cpu": "onnx", "ort-cuda": "onnx", "ort-tensorrt": "onnx", "openvino": "openvino"}
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class Candidate:
 
 @dataclass
 class Stage:
-    """Write models as one-variant bundles into a folder, so that any runtime can open them."""
+    """Write models as one-variant bundles into a folder, so that any of the runtimes can open them."""
 
     folder: Path
     head: Head
-    runtime: str
+    runtimes: Sequence[str]
 
     def write(self, name: str, candidate: Candidate) -> Path:
         """Write a model and return its bundle's folder."""
@@ -57,10 +58,8 @@ class Stage:
             dict.fromkeys(VARIANTS, model), self.head, random_rows(model, signature, pad_id), pad_id
         ):
             bundle.add_golden(case)
-        if self.runtime in FORMAT_OF:
-            export_bundle(
-                bundle, formats=(FORMAT_OF[self.runtime],), variants=("sliced",), models={"sliced": model}
-            ).check()
+        if formats := sorted({FORMAT_OF[runtime] for runtime in self.runtimes if runtime in FORMAT_OF}):
+            export_bundle(bundle, formats=formats, variants=("sliced",), models={"sliced": model}).check()
         bundle.commit()
         return root
 
@@ -82,7 +81,7 @@ def time_models(
 ) -> dict[str, tuple[float, Ratio]]:
     """Return each model's median in ms and its ratio to "dense", which must be among them."""
     with tempfile.TemporaryDirectory(prefix="deploy-prune-time-") as folder:
-        stage = Stage(Path(folder), head, place.runtime)
+        stage = Stage(Path(folder), head, [place.runtime])
         samples = time_bundles({name: stage.write(name, c) for name, c in candidates.items()}, place, seconds)
     return {
         name: (summarise_ms(times)["median"], ratio_of_medians(times, samples["dense"]))

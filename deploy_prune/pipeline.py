@@ -179,7 +179,7 @@ class Work:
     def key(self) -> dict[str, Any]:
         """Return all that the stages' results depend on."""
         budget, options = budget_of(self.recipe), _options(self.recipe, self.label_free)
-        return run_key(self.dense.model, self.head, self.rows, budget, options, _versions(), **self.how)
+        return run_key(self.dense.model, self.head, self.rows, budget, options, versions(), **self.how)
 
     def prune(
         self, keep: Resume, scratch: Path, recorder: Recorder, reporter: Reporter
@@ -381,7 +381,7 @@ def _task_entry(name: str | None, head: Head, data: TaskData | None) -> dict[str
 def _fill(bundle: Bundle, variants: Variants, dense: Dense, head: Head, name: str) -> None:
     """Fill in the model, the plan and the exact counts."""
     manifest, plan, seq_len = bundle.manifest, variants.plan, int(bundle.manifest.budget["seq_len"])
-    manifest.versions = {"deploy_prune": __version__, "python": platform.python_version(), **_versions()}
+    manifest.versions = {"deploy_prune": __version__, "python": platform.python_version(), **versions()}
     manifest.model = {
         "name": name,
         "source": dense.source,
@@ -434,7 +434,8 @@ def _guard(bundle: Bundle, recipe: Recipe) -> None:
             )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the releases that results depend on."""
     found = {}
     for name in VERSIONED:
         try:

@@ -180,11 +180,11 @@ def cut_ratios(
     found: list[Ratio] = []
     dense_ns: list[float] = []
     with tempfile.TemporaryDirectory(prefix="deploy-prune-probe-") as folder:
-        whole = Stage(Path(folder), head, place.runtime).write("dense", cut({g.name: g.size for g in surgery.groups}))
+        whole = Stage(Path(folder), head, [place.runtime]).write("dense", cut({g.name: g.size for g in surgery.groups}))
         for start in range(0, len(plans), TOGETHER):
             roots = {"dense": whole}
             with tempfile.TemporaryDirectory(dir=folder) as beside:
-                stage = Stage(Path(beside), head, place.runtime)
+                stage = Stage(Path(beside), head, [place.runtime])
                 for number, counts in enumerate(plans[start : start + TOGETHER]):
                     roots[str(number)] = stage.write(str(number), cut(counts))
                     progress((start + 0.9 * (number + 1)) / len(plans))

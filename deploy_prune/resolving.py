@@ -130,12 +130,17 @@ def is_label_free(recipe: Recipe, data: TaskData, dense: Dense) -> bool:
 
 def calibration_rows(recipe: Recipe, data: TaskData, reporter: Reporter) -> list[Row]:
     """Return the rows to calibrate on, drawn from the training split. Raises InputError for too few."""
+    check_rows(data)
     total = len(data.train)
-    if total < MIN_SAMPLES:
-        raise InputError(
-            f"The training split has {total} rows; at least {MIN_SAMPLES} are needed to calibrate.",
-            hint="Give more training rows. Evaluation rows are never used.",
-        )
     rows = data.train.encode(sample_indices(total, recipe.samples, recipe.seed))
     reporter.note(f"Calibrating on {len(rows)} of {total} training rows (seed {recipe.seed})")
     return rows
+
+
+def check_rows(data: TaskData) -> None:
+    """Raise InputError for a training split that is too small to calibrate on."""
+    if len(data.train) < MIN_SAMPLES:
+        raise InputError(
+            f"The training split has {len(data.train)} rows; at least {MIN_SAMPLES} are needed to calibrate.",
+            hint="Give more training rows. Evaluation rows are never used.",
+        )

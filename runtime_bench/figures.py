@@ -132,6 +132,45 @@ def flops_against_latency(measurements: Sequence[Mapping[str, Any]]) -> Figure |
     return _figure(traces, layout, height=380)
 
 
+def front(points: Sequence[Mapping[str, Any]], cost: str, quality: str) -> Figure:
+    """Draw quality over cost: a colour for each model pruned in one way, and a line through the points on the front.
+
+    `points` as {"model", "method", "keep" (None: dense), "cost", "quality", "half" (None: no interval), "front"}.
+    """
+    best = [p for p in points if p["front"]]
+    traces: list[dict[str, Any]] = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "front",
+            "x": [p["cost"] for p in best],
+            "y": [p["quality"] for p in best],
+            "line": {"color": COLOURS["dense"], "dash": "dot", "shape": "hv"},
+            "hoverinfo": "skip",
+        }
+    ]
+    names = list(dict.fromkeys((p["model"], p["method"]) for p in points))
+    for name, colour in zip(names, _colours(f"{model}, {method}" for model, method in names), strict=True):
+        own = [p for p in points if (p["model"], p["method"]) == name]
+        label = ", ".join(name)
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": label,
+                "x": [p["cost"] for p in own],
+                "y": [p["quality"] for p in own],
+                "error_y": {"type": "data", "array": [p["half"] or 0.0 for p in own]},
+                "customdata": [["all" if p["keep"] is None else f"{p['keep']:g}", p["half"] or 0.0] for p in own],
+                "hovertemplate": f"{html.escape(label)}, keep %{{customdata[0]}}: %{{y:.4f}} ± %{{customdata[1]:.4f}} "
+                "at %{x:.4~s}<extra></extra>",
+                "marker": {"color": colour, "size": 9, "symbol": "diamond" if own[0]["keep"] is None else "circle"},
+            }
+        )
+    layout = {"xaxis": {"title": cost, "rangemode": "tozero"}, "yaxis": {"title": quality}}
+    return _figure(traces, layout, height=420)
+
+
 def as_html(figure: Figure, name: str) -> str:
     """Return a figure as a piece of a page that holds `script()` before it."""
     from plotly.io import to_html

@@ -76,6 +76,17 @@ def ratio_of_medians(numerator: Sequence[float], denominator: Sequence[float], *
     return Ratio(float(statistic(*pair)), float(interval.low), float(interval.high))
 
 
+def half_width(values: Sequence[float]) -> float | None:
+    """Return the half width of the mean's 95% t-interval (Student's, over runs), None for a single value."""
+    if len(values) < 2:
+        return None
+    try:
+        from scipy.stats import sem, t
+    except ImportError as error:
+        raise MissingExtraError("scipy", "cpu") from error
+    return float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * sem(values))
+
+
 def noise_floor(control: Mapping[str, float]) -> float:
     """Return how far from 1 the ratio of a model to itself, in another process, may lie: its interval's farther end."""
     return max(control["high"] - 1.0, 1.0 - control["low"], 0.0)

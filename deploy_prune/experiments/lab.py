@@ -69,7 +69,7 @@ class Lab:
         dense = load_dense(source, self.head.kind)
         self.device = resolve_device(setting.device)
         self.model, self.processor = dense.model.to(self.device), dense.processor
-        self.pad_id = dense.pad_id
+        self.checkpoint, self.pad_id = dense, dense.pad_id
         self.data = load_task(
             setting.task,
             **dense.preparing,

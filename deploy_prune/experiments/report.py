@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from ..bundle import write_atomically
 from ..errors import MissingExtraError
+from ..runtime_bench.stats import half_width
 from .catalogue import Experiment
-
-CONFIDENCE = 0.95
 
 
 def document_of(name: str, experiment: Experiment, lab: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -60,13 +58,6 @@ def summarise(document: Mapping[str, Any]) -> list[dict[str, Any]]:
             cell[column] = None if not values else (float(np.mean(values)), half_width(values))
         summary.append(cell)
     return summary
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Return the half width of the mean's 95% t-interval, None for a single value."""
-    if len(values) < 2:
-        return None
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stats.sem(values))
 
 
 def as_csv(document: Mapping[str, Any]) -> str:
