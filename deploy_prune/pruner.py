@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -33,6 +31,7 @@ from .kept import (
     unpack_stats,
     unpack_sweep,
 )
+from .lengths import Lengths
 from .masking import Updates, mask_model
 from .progress import Progress, Reporter, Silent
 from .rearrange import rearrange
@@ -79,9 +78,9 @@ class Pruner:
         """Return what can be cut, and how."""
         return surgery_of(self.model)
 
-    def limits(self, budget: Budget, seq_len: int) -> list[Limit]:
+    def limits(self, budget: Budget, lengths: Lengths) -> list[Limit]:
         """Return one limit per bound cost."""
-        return budget.limits(self.groups, seq_len, sum(p.numel() for p in self.model.parameters()))
+        return budget.limits(self.groups, lengths, sum(p.numel() for p in self.model.parameters()))
 
     def check(self, options: Options) -> None:
         """Refuse options before anything is computed. Raises InputError."""
@@ -100,8 +99,8 @@ class Pruner:
         recorder = Recorder(self.device)
         stats = self._calibrate(options, criterion, recorder)
         scores = self._score(options, criterion, stats, recorder)
-        seq_len = budget.seq_len or math.ceil(np.mean([r.length for r in self.rows]))
-        limits = self.limits(budget, seq_len)
+        lengths = budget.lengths_over(self.rows, options.seed)
+        limits = self.limits(budget, lengths)
 
         options = self._leave_out(options, recorder)
         if options.steps > 1 and stats is not None:
@@ -146,7 +145,7 @@ class Pruner:
                 }
 
         reached = [_reached(limit, found) for limit in limits]
-        result = PrunedPlan(plan, self.surgery, seq_len, reached, stages=recorder.records)
+        result = PrunedPlan(plan, self.surgery, lengths, reached, stages=recorder.records)
         if options.compensate == "none" or stats is None:
             recorder.skip("compensate", "switched off")
         else:

@@ -21,7 +21,7 @@ FOLDERS = {
 
 # A room may import rooms of its own line and of the lines above it, never of a line below.
 LAYERS = [
-    "errors documents signing units progress moments image_settings",
+    "errors documents signing units progress moments image_settings lengths",
     "latency_table images npz",
     "archs costs heads signature tasks bundle config masking modeling_sliced batches fidelity",
     "given_masks archives snippets",
@@ -52,6 +52,7 @@ TORCH_FREE = [
     *("deploy_prune.runtimes.ort", "deploy_prune.serve", "deploy_prune.runtime_bench"),
     *("deploy_prune.images", "deploy_prune.image_settings", "deploy_prune.documents", "deploy_prune.npz"),
     "deploy_prune.signing",
+    *("deploy_prune.lengths", "deploy_prune.latency_table", "deploy_prune.costs"),
     *("deploy_prune.runtime_bench.stats", "deploy_prune.runtime_bench.gate", "deploy_prune.runtime_bench.report"),
 ]
 

@@ -166,7 +166,9 @@ class Lab:
             raise InputError("This experiment needs a latency table.", hint="Make one with deploy-prune probe: --lut.")
         table = read_latency_table(self.setting.lut)
         if not isinstance(table, LatencyTable):
-            raise InputError(f"{self.setting.lut} is the table of a convolutional network.", hint="Probe this model.")
+            raise InputError(
+                f"{self.setting.lut} is not a transformer's table of one shape.", hint="Probe this model at one length."
+            )
         return table
 
     def predicted(self, found: PrunedPlan) -> float:

@@ -14,9 +14,11 @@ from pathlib import Path
 from deploy_prune import images
 from deploy_prune.bundle import Bundle
 from deploy_prune.config import BenchSettings, ExportSettings, GateSettings, Recipe, ServeSettings, load_settings
+from deploy_prune.costs import latency_table
 from deploy_prune.errors import DeployPruneError
 from deploy_prune.images import ImageProcessor, open_image
-from deploy_prune.latency_table import LatencyTable, read_latency_table
+from deploy_prune.latency_table import LatencyTable, LatencyTables, read_latency_table
+from deploy_prune.lengths import Lengths
 from deploy_prune.npz import read_npz
 from deploy_prune.signature import Signature
 from deploy_prune.tasks.arrays import read_arrays
@@ -72,6 +74,8 @@ def lut(data: bytes) -> None:
     """Read a latency table and look it up."""
     table = read_latency_table(file_of(data, "lut.json"))
     table.check([HEADS])
+    if isinstance(table, LatencyTables):
+        latency_table([HEADS], table, Lengths.one(table.tables[0].seq))
     if isinstance(table, LatencyTable):
         assert table.costs(HEADS).shape == (HEADS.size + 1,)
 
