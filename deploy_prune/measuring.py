@@ -22,7 +22,10 @@ from .runtime_bench.stats import Ratio, ratio_of_medians, summarise_ms
 from .runtime_bench.subjects import Subject
 from .signature import Signature
 
-FORMAT_OF = {"ort-cpu": "onnx"}  # what a runtime reads; the others load the checkpoint
+FORMAT_OF = {  # what a runtime reads; the others load the checkpoint
+    **dict.fromkeys(("ort-cpu", "ort-cuda", "ort-tensorrt"), "onnx"),
+    **{name: name for name in ("openvino", "tensorrt", "rtx", "pt2")},
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,16 @@ class Stage:
     runtime: str
 
     def write(self, name: str, candidate: Candidate) -> Path:
-        """Write a model and return its bundle's folder."""
+        """Write a model, exported in fp32 for the runtime, and return its bundle's folder."""
+        bundle = self.bundle(name, candidate)
+        if self.runtime in FORMAT_OF:
+            models = {"sliced": candidate.model}
+            export_bundle(bundle, formats=(FORMAT_OF[self.runtime],), variants=("sliced",), models=models).check()
+        bundle.commit()
+        return bundle.root
+
+    def bundle(self, name: str, candidate: Candidate) -> Bundle:
+        """Write a model with what its files are checked by, and return the bundle, not yet committed."""
         model, processor, signature = candidate.model, candidate.processor, candidate.signature
         root = self.folder / name
         root.mkdir(parents=True)
@@ -57,12 +69,7 @@ class Stage:
             dict.fromkeys(VARIANTS, model), self.head, random_rows(model, signature, pad_id), pad_id
         ):
             bundle.add_golden(case)
-        if self.runtime in FORMAT_OF:
-            export_bundle(
-                bundle, formats=(FORMAT_OF[self.runtime],), variants=("sliced",), models={"sliced": model}
-            ).check()
-        bundle.commit()
-        return root
+        return bundle
 
 
 def time_bundles(roots: Mapping[str, Path], place: Place, seconds: float) -> dict[str, list[float]]:

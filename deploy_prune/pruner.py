@@ -164,6 +164,14 @@ class Pruner:
                 }
         return result
 
+    def search(self, budget: Budget, options: Options | None = None) -> Search:
+        """Return what the search keeps within a budget, before anything is compensated: what `prune` starts from."""
+        resolved = (options or Options()).resolved(self.groups)
+        criterion, recorder = get_criterion(resolved.criterion), Recorder(self.device)
+        scores = self._score(resolved, criterion, self._calibrate(resolved, criterion, recorder), recorder)
+        limits = self.limits(budget, budget.lengths_over(self.rows, resolved.seed))
+        return search_units(self.groups, scores, limits, resolved)
+
     def _calibrate(self, options: Options, criterion: Criterion, recorder: Recorder) -> CalibrationStats | None:
         if criterion.data_free and options.rearrange == options.compensate == "none":
             recorder.skip("calibrate", f"nothing of {options.criterion} needs data")

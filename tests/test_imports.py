@@ -38,7 +38,8 @@ LAYERS = [
     "late",
     "pipeline measuring",
     "probing experiments",
-    "api screen inspection doctor flags server cli_export cli_gate cli_lab cli_serve cli_sign cli",
+    "tune",
+    "api screen inspection doctor flags server cli_export cli_gate cli_lab cli_serve cli_sign cli_tune cli",
 ]
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer.split()}
 # export and runtime_bench never import each other; only the probe compiles what it measures.
@@ -52,6 +53,7 @@ TORCH_FREE = [
     *("deploy_prune.runtimes.ort", "deploy_prune.serve", "deploy_prune.runtime_bench"),
     *("deploy_prune.images", "deploy_prune.image_settings", "deploy_prune.documents", "deploy_prune.npz"),
     "deploy_prune.signing",
+    *("deploy_prune.tune", "deploy_prune.tune.settings", "deploy_prune.tune.verdict"),
     *("deploy_prune.lengths", "deploy_prune.latency_table", "deploy_prune.costs"),
     *("deploy_prune.runtime_bench.stats", "deploy_prune.runtime_bench.gate", "deploy_prune.runtime_bench.report"),
 ]

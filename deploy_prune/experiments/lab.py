@@ -66,7 +66,7 @@ class Lab:
         source = str(Path(setting.model).resolve()) if Path(setting.model).is_dir() else setting.model
         check_task(setting.task, load_config(source))
         self.head = Head(task_head(setting.task))
-        dense = load_dense(source, self.head.kind)
+        self.checkpoint = dense = load_dense(source, self.head.kind)
         self.device = resolve_device(setting.device)
         self.model, self.processor = dense.model.to(self.device), dense.processor
         self.pad_id = dense.pad_id
