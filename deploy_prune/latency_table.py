@@ -108,6 +108,14 @@ class LatencyTables(BaseModel):
         """Put tables of one model together."""
         return cls(tables=sorted(tables, key=lambda t: (t.batch, t.seq)))
 
+    @property
+    def runtime(self) -> str:
+        return self.tables[0].runtime
+
+    @property
+    def threads(self) -> int | None:
+        return self.tables[0].threads
+
     def check(self, groups: Sequence[UnitGroup]) -> None:
         """Raise InputError when the groups are not of the shapes that were measured."""
         self.tables[0].check(groups)

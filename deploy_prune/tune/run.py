@@ -18,7 +18,8 @@ from ..bundle import Bundle, disk_errors, locked, write_atomically
 from ..config import Recipe
 from ..errors import InputError, VerdictError
 from ..experiments import Lab, Setting
-from ..latency_table import AnyLatency, ChannelLatency, LatencyTable, read_latency_table
+from ..latency_table import AnyLatency, ChannelLatency, LatencyTable, LatencyTables, read_latency_table
+from ..lengths import Lengths
 from ..probing import probe
 from ..progress import Reporter, Silent
 from ..resolving import check_guards, check_kind, check_length, is_label_free, resolve
@@ -135,6 +136,8 @@ def _length(settings: TuneSettings, lab: Lab, given: AnyLatency | None) -> int:
             f" and {found} tokens.",
             hint="Leave --lut out to probe first, or give its --batch and --seq-len.",
         )
+    if isinstance(given, LatencyTables):
+        given.shares(Lengths(((found, 1),), settings.batch))
     return found
 
 

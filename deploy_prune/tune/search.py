@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 from ..errors import InfeasibleBudgetError, InputError, SystemStateError, VerdictError
 from ..progress import Reporter
 from .space import WHOLE, Choice, Form
-from .verdict import Limits, feasible, title
+from .verdict import Limits, Record, feasible, title
 from .workbench import Workbench
 
 STARTUP_TRIALS = 8  # before the optimiser has a model of its own
@@ -212,7 +212,7 @@ class Hunt:
             refuted[record["number"]] = again
         return None, refuted
 
-    def _again(self, record: dict[str, Any]) -> dict[str, Any]:
+    def _again(self, record: Record) -> dict[str, Any]:
         form = next(f for f in self.bench.space.forms if f.name == record["form"])
         choice = Choice(round(100 * record["keep"]), record["align"], form)
         root = self.bench.folder / f"{record['number']:04d}"

@@ -165,9 +165,14 @@ class Workbench:
             Subject("dense", str(self.baseline(form.runtime)), "sliced", "fp32"),
             Subject(CANDIDATE, str(root), "sliced", form.precision),
         ]
-        cell = {"batches": (self.settings.batch,), "seqs": (self.seq_len,), "threads": (self.threads,)}
-        bench_settings = BenchSettings(runtimes=(form.runtime,), seconds=seconds, **cell)
-        result, arrays = bench(subjects, bench_settings)
+        cell = BenchSettings(
+            runtimes=(form.runtime,),
+            batches=(self.settings.batch,),
+            seqs=(self.seq_len,),
+            threads=(self.threads,),
+            seconds=seconds,
+        )
+        result, arrays = bench(subjects, cell)
         if result["failures"]:
             failure = result["failures"][0]
             raise SystemStateError(f"{form.runtime} could not run {failure['model']}: {failure['reason']}")
