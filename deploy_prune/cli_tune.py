@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -55,9 +56,11 @@ def print_tuned(document: Mapping[str, Any]) -> None:
     """Print the front, why the winner won, and which limit the nearest others failed."""
     records = {r["number"]: r for r in document["trials"]}
     where = f"batch {document['batch']}, {document['seq_len']} tokens, {document['threads']} threads"
-    grid = Table(title=f"The front: quality against latency ({where})", title_justify="left")
-    for name in ("#", "keep", "align", "form", "ms", "interval", str(document["metric"] or "quality"), "loss, points"):
-        grid.add_column(name, justify="left" if name == "form" else "right", overflow="fold")
+    title = f"The front: quality against latency ({where})"
+    grid = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("#", "keep", "align", "form", "ms", "interval", str(document["metric"] or "quality"), "points lost"):
+        side: Literal["left", "right"] = "left" if name == "form" else "right"
+        grid.add_column(name, justify=side, overflow="fold", no_wrap=name == "interval")
     for number in document["front"]:
         r = records[number]
         latency, won = r["latency"], number == document["winner"]
@@ -67,7 +70,7 @@ def print_tuned(document: Mapping[str, Any]) -> None:
             str(r["align"]),
             r["form"],
             f"{latency['median_ms']:.3g}",
-            f"{latency['low_ms']:.3g} to {latency['high_ms']:.3g}",
+            f"{latency['low_ms']:.3g}-{latency['high_ms']:.3g}",
             f"{r['value']:.4f}",
             f"{r['loss']:.2f}",
         )

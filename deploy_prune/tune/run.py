@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ..experiments import Lab, Setting
 from ..latency_table import AnyLatency, ChannelLatency, LatencyTable, LatencyTables, read_latency_table
 from ..lengths import Lengths
 from ..probing import probe
-from ..progress import Reporter, Silent
+from ..progress import Progress, Reporter, Silent
 from ..resolving import check_guards, check_kind, check_length, is_label_free, resolve
 from ..resume import hash_inputs
 from ..runtime_bench.machine import default_threads, describe_machine
@@ -73,7 +74,7 @@ def tune(model: str, settings: TuneSettings, reporter: Reporter | None = None) -
     source, task, recipe = resolve(recipe, reporter)
     destination = settings.destination(model, task)
     folder = destination.with_name(f"{destination.name}.tune")
-    lab = Lab(_setting(source, task, recipe), reporter)
+    lab = Lab(_setting(source, task, recipe), _Once(reporter))
     check_length(settings.seq_len, lab.checkpoint)
     check_kind(recipe, lab.checkpoint)
     check_guards(recipe, lab.data)
@@ -104,6 +105,25 @@ def tune(model: str, settings: TuneSettings, reporter: Reporter | None = None) -
     if winner is None:
         return Tuned(document, folder / TRIALS, None)
     return Tuned(document, folder / TRIALS, _published(winner, bench, recipe, model, destination, reporter))
+
+
+class _Once:
+    """Show a stage and a note the first time alone: every candidate is searched and compensated."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter, self.shown = reporter, set[str]()
+
+    def stage(self, name: str) -> AbstractContextManager[Progress]:
+        return self.reporter.stage(name) if self._new(name) else nullcontext(lambda share: None)
+
+    def note(self, text: str) -> None:
+        if self._new(text):
+            self.reporter.note(text)
+
+    def _new(self, text: str) -> bool:
+        known = text in self.shown
+        self.shown.add(text)
+        return not known
 
 
 def _setting(source: str, task: str, recipe: Recipe) -> Setting:

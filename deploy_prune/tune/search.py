@@ -7,6 +7,7 @@ no database, and nothing in it is pickled. What a trial chooses depends on the s
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from optuna.trial import TrialState
 from ..errors import InfeasibleBudgetError, InputError, SystemStateError, VerdictError
 from ..progress import Reporter
 from .space import WHOLE, Choice, Form
-from .verdict import Limits, Record, feasible, title
+from .verdict import Limits, Record, feasible, points, title
 from .workbench import Workbench
 
 STARTUP_TRIALS = 8  # before the optimiser has a model of its own
@@ -162,10 +163,10 @@ class Hunt:
             self.bench.trial(name, choice, record)
         except (InputError, SystemStateError, VerdictError) as error:
             record |= {"state": "failed", "reason": error.message}
-        said = record.get("reason") or (
-            f"{record['latency']['median_ms']:.3g} ms up to {record['latency']['high_ms']:.3g},"
-            f" loses {record['loss']:.2f} points"
-        )
+        said = record.get("reason")
+        if said is None:
+            latency = record["latency"]
+            said = f"{latency['median_ms']:.3g} ms up to {latency['high_ms']:.3g}, {points(record['loss'])}"
         self.reporter.note(f"{title(record)}: {said}")
         likely = [r["number"] for r in feasible([*self.records(), record], self.limits)[:KEPT]]
         for path in self.bench.folder.glob("[0-9]" * 4):
@@ -229,11 +230,13 @@ class Hunt:
 def open_study(folder: Path, key: str) -> Iterator[optuna.Study]:
     """Open the study of a key in a folder's journal; other settings and other data have studies of their own in it.
 
-    Raises SystemStateError when the journal cannot be read.
+    The caller holds the folder's lock. Raises SystemStateError when the journal cannot be read.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    journal = folder / "study.log"
+    _mend(journal)
     try:
-        storage = JournalStorage(JournalFileBackend(str(folder / "study.log")))
+        storage = JournalStorage(JournalFileBackend(str(journal)))
         study = optuna.create_study(
             study_name=key, storage=storage, directions=["minimize", "minimize"], load_if_exists=True
         )
@@ -242,3 +245,12 @@ def open_study(folder: Path, key: str) -> Iterator[optuna.Study]:
             f"The study in {folder} cannot be read: {error}", hint="Remove the folder; its trials are then made anew."
         ) from error
     yield study
+
+
+def _mend(journal: Path) -> None:
+    """Take away what a run that was killed while it wrote has left: half a line, and the journal's own lock."""
+    journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
+    if journal.is_file():
+        written = journal.read_bytes()
+        if not written.endswith(b"\n"):
+            os.truncate(journal, written.rfind(b"\n") + 1)

@@ -30,13 +30,18 @@ class Limits:
             else:
                 said.append(f"latency: {span} is above {self.target_ms:g} ms")
         if record["loss"] > self.max_loss:
-            said.append(f"quality: loses {record['loss']:.2f} points, {self.max_loss:g} are allowed")
+            said.append(f"quality: {points(record['loss'])}, {self.max_loss:g} may be lost")
         return said
 
     def excess(self, record: Record) -> float:
         """Return how far a candidate is beyond its limits, each relative to itself (a loss of 0 counts as 1 point)."""
         late = record["latency"]["high_ms"] / self.target_ms - 1
         return max(late, 0.0) + max(record["loss"] - self.max_loss, 0.0) / max(self.max_loss, 1.0)
+
+
+def points(loss: float) -> str:
+    """Say what a loss of quality in points is."""
+    return f"loses {loss:.2f} points" if loss >= 0 else f"gains {-loss:.2f} points"
 
 
 def measured(records: Sequence[Record]) -> list[Record]:
@@ -74,14 +79,14 @@ def why(winner: Record, records: Sequence[Record], limits: Limits, refuted: Coll
     latency = winner["latency"]
     said = (
         f"{title(winner)} wins: {latency['median_ms']:.3g} ms, upper end {latency['high_ms']:.3g} of at most"
-        f" {limits.target_ms:g}; it loses {winner['loss']:.2f} points of at most {limits.max_loss:g}"
+        f" {limits.target_ms:g}; it {points(winner['loss'])}, {limits.max_loss:g} may be lost"
     )
-    kept = [r for r in feasible(records, limits) if r["number"] not in (winner["number"], *refuted)]
-    if not kept:
+    others = [r for r in feasible(records, limits) if r["number"] not in (winner["number"], *refuted)]
+    if not others:
         return f"{said}; no other candidate keeps both limits."
-    second = kept[0]
-    reason = "less" if winner["loss"] < second["loss"] else "no more, and is faster,"
-    return f"{said}: {reason} than any of the {len(kept)} others within both limits; next comes {title(second)}."
+    alone = winner["loss"] < others[0]["loss"]
+    least = "it loses least" if alone else "none loses less, and of equals it is the fastest"
+    return f"{said}; of {len(others) + 1} candidates within both limits {least}; next comes {title(others[0])}."
 
 
 def near_misses(records: Sequence[Record], limits: Limits, refuted: Mapping[int, Record]) -> list[str]:
