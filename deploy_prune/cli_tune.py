@@ -81,5 +81,6 @@ def print_tuned(document: Mapping[str, Any]) -> None:
     said = [f"Candidates: {counts}.", *(f"Left out: {line}" for line in document["left_out"])]
     said += [document["why"]] if document["why"] else []
     said += [f"Failed: {line}" for line in document["near_misses"]]
+    said += [f"Not made: {line}" for line in document["not_made"]]
     for line in said:
         screen.out.print(line, soft_wrap=True, highlight=False, markup=False)

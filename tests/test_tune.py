@@ -288,6 +288,8 @@ def test_a_form_that_cannot_be_made_is_left_out(place: Path, tmp_path: Path, mon
     document = tune(str(place / "model"), settings).document
     failed = [r for r in document["trials"] if r["state"] == "failed"]
     assert [(r["keep"], r["reason"]) for r in failed] == [(1.0, "the runtime has no such kernel")]
+    (line,) = document["not_made"]
+    assert line == "#0 (dense, ort-cpu onnx-opset18-int8-dynamic): the runtime has no such kernel"
     assert document["winner"] is not None
     assert all("fp32" in r["form"] for r in document["trials"] if r["state"] == "measured")
 

@@ -30,7 +30,7 @@ from ..stages import Options
 from .search import Hunt, open_study
 from .settings import TuneSettings
 from .space import Form, Space
-from .verdict import Limits, front, near_misses, title, why
+from .verdict import Limits, front, near_misses, not_made, title, why
 from .workbench import Workbench
 
 SCHEMA_VERSION = "1.0"
@@ -48,7 +48,7 @@ class Tuned:
     def check(self) -> None:
         """Raise VerdictError where no candidate met both limits."""
         if self.bundle is None:
-            nearest = self.document["near_misses"][:1]
+            nearest = [*self.document["near_misses"], *self.document["not_made"]][:1]
             raise VerdictError(
                 f"No candidate takes at most {self.document['target_ms']:g} ms and loses at most"
                 f" {self.document['max_loss']:g} points; no bundle was written.",
@@ -238,6 +238,7 @@ def _document(hunt: Hunt, winner: Mapping[str, Any] | None, refuted: Mapping[int
         "confirmed": None if winner is None else winner["again"],
         "why": None if winner is None else why(winner, records, limits, set(refuted)),
         "near_misses": near_misses(records, limits, refuted),
+        "not_made": not_made(records),
     }
 
 

@@ -89,6 +89,11 @@ def why(winner: Record, records: Sequence[Record], limits: Limits, refuted: Coll
     return f"{said}; of {len(others) + 1} candidates within both limits {least}; next comes {title(others[0])}."
 
 
+def not_made(records: Sequence[Record]) -> list[str]:
+    """Say which candidates could not be built or run, and why."""
+    return [f"{title(r)}: {r['reason']}" for r in records if r["state"] == "failed"]
+
+
 def near_misses(records: Sequence[Record], limits: Limits, refuted: Mapping[int, Record]) -> list[str]:
     """Say of the nearest candidates that failed which limit it was; `refuted` holds second measurements that failed."""
     found = []

@@ -25,6 +25,7 @@ from deploy_prune.tasks.arrays import read_arrays
 from deploy_prune.tasks.conll import read_sentences
 from deploy_prune.tasks.squad import read_questions
 from deploy_prune.tasks.table import read_table
+from deploy_prune.tune import TuneSettings
 from deploy_prune.units import UnitGroup
 
 ROOT = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
@@ -66,7 +67,7 @@ def plan(data: bytes) -> None:
 def recipe(data: bytes) -> None:
     """Read a TOML file as each command that takes one does."""
     path = file_of(data, "recipe.toml")
-    for settings in (Recipe, BenchSettings, ExportSettings, GateSettings, ServeSettings):
+    for settings in (Recipe, BenchSettings, ExportSettings, GateSettings, ServeSettings, TuneSettings):
         attempt(lambda settings=settings: load_settings(settings, path, "run"))
 
 
