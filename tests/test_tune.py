@@ -77,7 +77,8 @@ def test_near_misses_name_the_limit_and_the_noise() -> None:
 def test_an_interval_is_no_narrower_than_the_noise() -> None:
     own, dense = np.full(20, 4e6), np.full(20, 8e6)
     found = Latency.of_rounds(own, dense, 0.1, None)
-    assert (found.low_ms, found.median_ms, found.high_ms, found.dense_ms) == pytest.approx((3.6, 4.0, 4.4, 8.0))
+    assert (found.low_ms, found.median_ms, found.high_ms, found.dense_ms) == pytest.approx((4 / 1.1, 4.0, 4.4, 8.0))
+    assert Latency.of_rounds(own, dense, 2.0, None).low_ms > 0  # whatever the noise
     rng = np.random.default_rng(0)
     wide = Latency.of_rounds(rng.uniform(3e6, 5e6, 30), dense, 0.0, None)
     assert 3 < wide.low_ms < wide.median_ms < wide.high_ms < 5
@@ -373,6 +374,23 @@ def test_what_a_kill_left_of_the_journal_is_mended(
     assert tune(str(place / "model"), settings).document["trials"] == found["trials"]
     assert journal.read_bytes().startswith(whole)
     assert b"half" not in journal.read_bytes()
+
+
+def test_the_prediction_learns_from_what_was_measured(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table says 50 % at the least, the clock goes by all weights: the second aim is nearer than the first."""
+    Clock(monkeypatch)
+    target = 0.8 * dense_ms(place)
+    settings = settings_of(place, tmp_path / "best", target_latency_ms=target, trials=3)
+    document = tune(str(place / "model"), settings).document
+    first, second = (r for r in document["trials"] if r["aimed"] and r["keep"] < 1)
+    assert first["predicted_ms"] == pytest.approx(first["table_ms"])
+    off = first["latency"]["median_ms"] / first["table_ms"]
+    assert second["predicted_ms"] == pytest.approx(off * second["table_ms"])
+    misses = [abs(r["latency"]["median_ms"] / r["predicted_ms"] - 1) for r in (first, second)]
+    assert misses[1] < misses[0]
+    assert first["predicted_ms"] * 1.02 <= target  # the upper end is what is aimed
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])

@@ -203,6 +203,7 @@ def _key(settings: TuneSettings, bench: Workbench) -> str:
     """Return the hash of everything that the trials depend on; more trials or minutes go on with the same study."""
     machine = describe_machine(bench.threads)
     contents = {
+        "schema": SCHEMA_VERSION,
         "settings": settings.model_dump(mode="json", exclude=NOT_IN_THE_KEY),
         "model": bench.lab.checkpoint.sha256,
         "rows": [hash_inputs(bench.lab.pruner(settings.seed).rows), hash_inputs(bench.lab.rows)],

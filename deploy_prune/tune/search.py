@@ -22,12 +22,14 @@ from optuna.trial import TrialState
 
 from ..errors import InfeasibleBudgetError, InputError, SystemStateError, VerdictError
 from ..progress import Reporter
-from .space import WHOLE, Choice, Form
+from .forecast import Forecast
+from .space import WHOLE, Choice
 from .verdict import Limits, Record, feasible, points, title
 from .workbench import Workbench
 
 STARTUP_TRIALS = 8  # before the optimiser has a model of its own
 ASKED_PER_TRIAL = 20  # proposals for each candidate that is made: the others are discarded or known
+AIMED = 3  # shares of each form that are aimed at the target by prediction
 KEPT = 3  # bundles of candidates that may win; others are removed
 
 
@@ -66,43 +68,26 @@ class Hunt:
     def _planned(self) -> Choice | None:
         """Return what is tried before the optimiser's own proposals, None once all of that is done.
 
-        First the dense model in every form: it may do, and predictions are shares of its latency. Then the largest
-        share of each form that the table says to reach the target.
+        First the dense model in every form: it may do, and predictions are shares of its latency. Then, in turns, the
+        largest share of each form that is predicted to reach the target, up to `AIMED` times: each measurement corrects
+        the next prediction.
         """
-        tried = {(round(100 * r["keep"]), r["form"]) for r in self.records()}
+        records, forecast = self.records(), self.forecast
         forms, align = self.bench.space.forms, self.bench.settings.aligns[0]
-        dense = [Choice(WHOLE, align, form) for form in forms]
-        if first := next((c for c in dense if (c.percent, c.form.name) not in tried), None):
-            return first
-        for form in forms:
-            percent = self._largest(form)
+        if untried := [form for form in forms if forecast.dense(form) is None]:
+            return Choice(WHOLE, align, untried[0])
+        tried = {(round(100 * r["keep"]), r["form"]) for r in records}
+        aimed = {f.name: sum(r["aimed"] and r["form"] == f.name and r["keep"] < 1 for r in records) for f in forms}
+        for form in sorted(forms, key=lambda f: aimed[f.name]):
+            percent = forecast.largest(form, self.limits.target_ms) if aimed[form.name] < AIMED else None
             if percent is not None and (percent, form.name) not in tried:
                 return Choice(percent, align, form)
         return None
 
-    def _largest(self, form: Form) -> int | None:
-        """Return the largest percentage below the whole that is predicted to reach the target, by bisection."""
-        low, high = self.bench.space.least - 1, WHOLE - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            predicted = self._predicted(Choice(middle, self.bench.settings.aligns[0], form))
-            reached = predicted is not None and predicted <= self.limits.target_ms
-            low, high = (middle, high) if reached else (low, middle - 1)
-        return low if low >= self.bench.space.least else None
-
-    def _dense(self) -> dict[str, dict[str, Any]]:
-        """Return the records of the dense model by form."""
-        return {r["form"]: r for r in self.records() if r["keep"] == 1 and r["state"] in ("measured", "failed")}
-
-    def _predicted(self, choice: Choice) -> float | None:
-        """Return a choice's latency in ms: the table's share of the measured dense one; None where nothing says it."""
-        dense = self._dense().get(choice.form.name)
-        if dense is None or dense["state"] != "measured":
-            return None
-        try:
-            return self.bench.predicted(choice) * float(dense["latency"]["median_ms"])
-        except InfeasibleBudgetError:
-            return None
+    @property
+    def forecast(self) -> Forecast:
+        """Return what is predicted by all that is known."""
+        return Forecast(self.bench, self.records())
 
     def _one(self) -> None:
         """Run one trial."""
@@ -120,6 +105,8 @@ class Hunt:
             "align": choice.align,
             "form": choice.form.name,
             "state": "measured",
+            "aimed": planned is not None,
+            "table_ms": None,
             "predicted_ms": None,
         }
         known = next((r for r in self.records() if self._same(r, record)), None)
@@ -140,21 +127,22 @@ class Hunt:
         """Say why a choice is not worth making, or None."""
         if choice.whole:
             return None
-        dense = self._dense().get(choice.form.name)
+        forecast = self.forecast
+        dense = forecast.dense(choice.form)
         if dense is not None and dense["state"] == "failed":
             return f"the dense model cannot be had in this form: {dense['reason']}"
         try:
-            self.bench.predicted(choice)
+            record["table_ms"] = forecast.table_ms(choice)
         except InfeasibleBudgetError as error:
             return error.message
-        record["predicted_ms"] = predicted = self._predicted(choice)
+        record["predicted_ms"] = predicted = forecast.ms(choice)
         if predicted is None:
             return None
         target, slack = self.limits.target_ms, self.bench.settings.slack
         if predicted > target * (1 + slack):
-            return f"by the table it takes {predicted:.3g} ms, far above {target:g}"
+            return f"it is predicted to take {predicted:.3g} ms, far above {target:g}"
         if predicted < target * (1 - slack):
-            return f"by the table it takes {predicted:.3g} ms, far below {target:g}: more could stay"
+            return f"it is predicted to take {predicted:.3g} ms, far below {target:g}: more could stay"
         return None
 
     def _made_now(self, choice: Choice, record: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ class Latency:
     ) -> Latency:
         """Return the latency of rounds' medians in ns."""
         found, dense = median_interval(own_ns.tolist()), float(np.median(dense_ns))
-        low, high = min(found.low, found.value * (1 - floor)), max(found.high, found.value * (1 + floor))
+        low, high = min(found.low, found.value / (1 + floor)), max(found.high, found.value * (1 + floor))
         return cls(found.value / 1e6, low / 1e6, high / 1e6, floor, dense / 1e6, ratio)
 
 
