@@ -393,6 +393,16 @@ def test_the_prediction_learns_from_what_was_measured(
     assert first["predicted_ms"] * 1.02 <= target  # the upper end is what is aimed
 
 
+def test_an_aim_that_was_late_is_followed_by_a_lower_one(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Clock(monkeypatch)
+    monkeypatch.setattr("deploy_prune.tune.forecast.Forecast.largest", lambda *given: 70)
+    settings = settings_of(place, tmp_path / "best", target_latency_ms=0.5 * dense_ms(place), trials=4, slack=9)
+    document = tune(str(place / "model"), settings).document
+    assert [r["keep"] for r in document["trials"]] == [1.0, 0.7, 0.67, 0.64]
+
+
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_images_are_tuned_and_probed_first(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a table one is probed, once; transformers and convolutional networks alike."""
