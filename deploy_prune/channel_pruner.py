@@ -22,6 +22,7 @@ from .criteria import Criterion, Evidence, get_criterion
 from .criteria.base import Scores
 from .errors import InfeasibleBudgetError, InputError
 from .graph_runner import GraphRunner
+from .lengths import Lengths
 from .masking import Updates
 from .progress import Progress
 from .pruner import Pruner
@@ -61,7 +62,7 @@ class ChannelPruner(Pruner):
             hint = f"{error.hint} What stays: {staying}." if staying else error.hint
             raise InfeasibleBudgetError(error.message, smallest=error.smallest, hint=hint) from error
 
-    def limits(self, budget: Budget, seq_len: int) -> list[Limit]:
+    def limits(self, budget: Budget, lengths: Lengths) -> list[Limit]:
         return channel_limits(budget, self.graph, sum(p.numel() for p in self.model.parameters()))
 
     def check(self, options: Options) -> None:

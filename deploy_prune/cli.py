@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from . import __version__, cli_export, cli_gate, cli_lab, cli_serve, cli_sign, cli_sweep, screen
+from . import __version__, cli_export, cli_gate, cli_lab, cli_serve, cli_sign, cli_sweep, cli_tune, screen
 from .bundle import Bundle, disk_errors, locked, write_atomically
 from .config import ALLOW_CODE, ALLOW_PICKLE, BenchSettings, Recipe
 from .errors import DeployPruneError, DismissedError, MissingExtraError, SystemStateError, VerdictError
@@ -31,6 +31,7 @@ app = typer.Typer(
 INTERRUPTED = 130
 EXTRA_OF = {
     "matplotlib": "ci",
+    "optuna": "tune",
     "junitparser": "ci",
     "mlperf_loadgen": "loadgen",
     "fastapi": "serve",
@@ -216,6 +217,7 @@ app.add_typer(cli_serve.app)
 app.add_typer(cli_sign.app)
 app.add_typer(cli_lab.app)
 app.add_typer(cli_sweep.app)
+app.add_typer(cli_tune.app)
 
 
 @app.command()

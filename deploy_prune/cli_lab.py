@@ -88,8 +88,8 @@ def probe(
     model: Annotated[str, typer.Argument(help="Hub id or folder of the dense checkpoint; 'demo' is the built-in one.")],
     out: Annotated[Path, typer.Option(help="File of the table.")] = Path("lut.json"),
     runtime: Annotated[str, typer.Option(help="Runtime to measure in.")] = "ort-cpu",
-    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
-    seq: Annotated[int, typer.Option(min=1, help="Sequence length.")] = 128,
+    batch: Annotated[str, typer.Option(help="Batch size; several, by commas, are measured each.")] = "1",
+    seq: Annotated[str, typer.Option(help="Sequence length; several, by commas, are measured each.")] = "128",
     widths: Annotated[int, typer.Option(min=1, help="FFN widths to measure; others are interpolated.")] = 8,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: the physical cores).")] = None,
     seconds: Annotated[float, typer.Option(help="Seconds per measured point.")] = 2.0,
@@ -101,6 +101,8 @@ def probe(
 
       deploy-prune probe ./my-bert --batch 1 --seq 128 --out lut.json
 
+      deploy-prune probe ./my-bert --batch 1,8 --seq 16,64,256 --out lut.json
+
       deploy-prune run ./my-bert --keep-latency 0.5 --lut lut.json
     """
     from .bundle import write_atomically
@@ -109,6 +111,7 @@ def probe(
     if not out.parent.is_dir():
         raise InputError(f"No folder {out.parent} for the table.", hint="Make it, or choose another --out.")
 
+    batches, seqs = numbers("--batch", batch), numbers("--seq", seq)
     with screen.Bars() as bars:
         source = model
         if model in DEMO_MODELS:
@@ -119,8 +122,8 @@ def probe(
             table = measure(
                 source,
                 runtime=runtime,
-                batch=batch,
-                seq=seq,
+                batch=batches,
+                seq=seqs,
                 widths=widths,
                 threads=threads,
                 seconds=seconds,

@@ -189,6 +189,12 @@ class Recipe(ExportSettings):
     seq_len: int | None = Field(
         default=None, ge=1, description="Budget's length in tokens (default: mean of the samples)."
     )
+    lengths: Literal["one", "data"] = _field(
+        "one", "Bind FLOPs and latency at one length, or (data) over all samples at their own."
+    )
+    lengths_batch: int | None = _field(
+        None, "Rows that run together, each padded to the longest; with a --lut, its batch.", ge=1
+    )
     min_heads: int = _field(1, "Heads that every layer keeps at least.", ge=0)
     min_neurons: int | None = _field(
         None, "Neurons kept at least in every layer (default: a sixteenth with the refit, else 1).", ge=0
@@ -289,8 +295,14 @@ class Recipe(ExportSettings):
             raise ValueError("a latency budget needs a measured table (lut); deploy-prune probe makes one")
         if self.lut is not None and self.keep_latency is None:
             raise ValueError("a latency table (lut) is given, but no latency budget (keep_latency)")
+        if self.lengths == "data" and self.seq_len is not None:
+            raise ValueError("a budget at the data's own lengths (lengths) has no seq_len")
+        if self.lengths_batch is not None and self.lengths == "one" and self.lut is None:
+            raise ValueError("lengths_batch is given, but neither lengths = data nor a latency table (lut)")
         if self.keep_flops is self.keep_params is self.max_bytes is self.keep_latency is None:
             object.__setattr__(self, "keep_flops", DEFAULT_KEEP)
+        if self.lengths == "data" and self.keep_flops is self.keep_latency is None:
+            raise ValueError("the budget bounds neither FLOPs nor latency, which alone depend on lengths")
         return self
 
     @model_validator(mode="after")
@@ -316,7 +328,8 @@ class Recipe(ExportSettings):
 
     def _budget_name(self) -> str:
         parts = {"": self.keep_flops, "params": self.keep_params, "bytes": self.max_bytes, "latency": self.keep_latency}
-        return "-".join(f"{kind}{value:g}" for kind, value in parts.items() if value is not None)
+        lengths = f"-lengths{self.lengths_batch or 1}" if self.lengths == "data" else ""
+        return "-".join(f"{kind}{value:g}" for kind, value in parts.items() if value is not None) + lengths
 
 
 def load_recipe(path: str | Path | None = None, **flags: Any) -> Recipe:

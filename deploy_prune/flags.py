@@ -21,6 +21,7 @@ ALIASES = {
     "schemes": ("--schemes", "--scheme"),
     "batches": ("--batches", "--batch"),
     "seqs": ("--seqs", "--seq"),
+    "runtimes": ("--runtimes", "--runtime"),
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from .bundle import Bundle
+from .lengths import kept_line, lengths_line
 from .screen import out
 from .signature import Signature
 
@@ -24,10 +25,11 @@ def print_bundle(bundle: Bundle) -> None:
     out.print(f"[bold]{bundle.root}[/]  schema {manifest.schema_version}", highlight=False)
     model, task, budget = manifest.model, manifest.task, manifest.budget
     takes = Signature.of_manifest(model)
+    over = "over the data's lengths" if "lengths" in budget else f"at {takes.length(budget.get('seq_len'))}"
     out.print(f"{model.get('architecture')} from {model.get('source')}", highlight=False, soft_wrap=True)
     out.print(
         f"task {task.get('name')}, {budget.get('kind')} budget, keep {budget.get('keep'):.4g}"
-        f" at {takes.length(budget.get('seq_len'))}, plan {manifest.plan.get('hash', '')[:12]}",
+        f" {over}, plan {manifest.plan.get('hash', '')[:12]}",
         highlight=False,
     )
 
@@ -37,6 +39,10 @@ def print_bundle(bundle: Bundle) -> None:
             f"{limit['kind']}: {limit['reached']:,.6g} of at most {limit['limit']:,.6g}, {share:.4f} of dense",
             highlight=False,
         )
+
+    if "lengths" in budget:
+        out.print(f"over {lengths_line(budget['lengths'])}", highlight=False, soft_wrap=True)
+        out.print(kept_line(budget["kept_flops"]), highlight=False, soft_wrap=True)
 
     kinds = list(dict.fromkeys(kind for layer in manifest.plan["total"] for kind in layer))
     plan = Table("layer", *kinds, title="Kept units", title_justify="left")

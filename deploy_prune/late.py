@@ -103,7 +103,7 @@ class Late:
             )
             student, plan = without(student, model, groups, pruned.plan, left_out)
             record |= left_out.record(min(depth.rows, len(self.rows)))
-        limits = self.budget.limits(groups, pruned.seq_len, sum(p.numel() for p in model.parameters()))
+        limits = self.budget.limits(groups, pruned.lengths, sum(p.numel() for p in model.parameters()))
         costs = [limit.table.cost(counts_of(groups, plan)) for limit in limits]
         reached = [{**entry, "reached": cost} for entry, cost in zip(pruned.limits, costs, strict=True)]
         return replace(pruned, plan=plan, limits=reached), student

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .documents import one_line, read_json
 from .errors import InputError
+from .lengths import Lengths
 from .units import UnitGroup, UnitKind, Units
 
 
@@ -78,6 +79,94 @@ class LatencyTable(BaseModel):
         return np.interp(np.arange(group.size + 1), table.counts, table.ms)
 
 
+class LatencyTables(BaseModel):
+    """Hold one model's tables at several lengths, and perhaps batches; lengths between are interpolated."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["lengths"] = "lengths"
+    schema_version: Literal["1.0"] = "1.0"
+    tables: list[LatencyTable] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _alike(self) -> LatencyTables:
+        first = self.tables[0]
+        for table in self.tables:
+            if any(getattr(table, name) != getattr(first, name) for name in ("runtime", "threads", "hidden", "layers")):
+                raise ValueError("the tables are of different models, runtimes or numbers of threads")
+            if {k: (t.size, t.width) for k, t in table.kinds.items()} != {
+                k: (t.size, t.width) for k, t in first.kinds.items()
+            }:
+                raise ValueError("the tables are of different models")
+        places = [(table.batch, table.seq) for table in self.tables]
+        if places != sorted(set(places)):
+            raise ValueError("the tables must rise by batch, then length, each named once")
+        return self
+
+    @classmethod
+    def of(cls, tables: Sequence[LatencyTable]) -> LatencyTables:
+        """Put tables of one model together."""
+        return cls(tables=sorted(tables, key=lambda t: (t.batch, t.seq)))
+
+    @property
+    def runtime(self) -> str:
+        return self.tables[0].runtime
+
+    @property
+    def threads(self) -> int | None:
+        return self.tables[0].threads
+
+    def check(self, groups: Sequence[UnitGroup]) -> None:
+        """Raise InputError when the groups are not of the shapes that were measured."""
+        self.tables[0].check(groups)
+
+    def shares(self, lengths: Lengths) -> list[tuple[LatencyTable, float]]:
+        """Return tables and weights (sum 1) that add up to the mean run's latency over a distribution.
+
+        A length between two probed ones is interpolated linearly: latency is convex in the length, attention being
+        quadratic, so that this errs on the slow side. Batches are not interpolated. Raises InputError for a batch that
+        was not probed, or a length outside of those that were.
+        """
+        at = {t.seq: t for t in self.tables if t.batch == self.batch_of(lengths)}
+        probed = sorted(at)
+        first, last = lengths.rows[0][0], lengths.rows[-1][0]
+        if first < probed[0] or last > probed[-1]:
+            asked = f"lengths from {first} to {last}" if first < last else f"length {first}"
+            known = f"from {probed[0]} to {probed[-1]} tokens" if len(probed) > 1 else f"at {probed[0]} tokens alone"
+            raise InputError(
+                f"The budget is for {asked}, the latency table was probed {known}.",
+                hint=f"Probe lengths that enclose them: deploy-prune probe MODEL --seq {_enclosing(first, last)}",
+            )
+        weight = dict.fromkeys(probed, 0.0)
+        for tokens, rows in lengths.rows:
+            below = max(n for n in probed if n <= tokens)
+            above = min(n for n in probed if n >= tokens)
+            part = (tokens - below) / (above - below) if above > below else 0.0
+            weight[below] += (1 - part) * rows / lengths.total
+            weight[above] += part * rows / lengths.total
+        return [(at[n], w) for n, w in weight.items() if w > 0]
+
+    def batch_of(self, lengths: Lengths) -> int:
+        """Return the probed batch that a budget is for. Raises InputError when it was not probed."""
+        probed = sorted({t.batch for t in self.tables})
+        if not lengths.data and lengths.batch == 1 and len(probed) == 1:
+            return probed[0]  # a single length asks for no batch of its own
+        if lengths.batch not in probed:
+            raise InputError(
+                f"The budget is for batches of {lengths.batch}, the latency table was probed at {_listed(probed)}.",
+                hint="Name one of them with --lengths-batch, or probe with another --batch.",
+            )
+        return lengths.batch
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _enclosing(first: int, last: int) -> str:
+    return _listed(sorted({first, (first + last) // 2, last})).replace(" ", "")
+
+
 class ChannelPoint(BaseModel):
     """Hold one cut network that was measured: its share of the FLOPs, its ms, and what the table says of it."""
 
@@ -123,12 +212,17 @@ class ChannelLatency(BaseModel):
                 )
 
 
-def read_latency_table(path: str | Path) -> LatencyTable | ChannelLatency:
-    """Read a table written by `probe`. Raises InputError for a file that is not one."""
+AnyLatency = LatencyTable | LatencyTables | ChannelLatency
+
+
+def read_latency_table(path: str | Path) -> AnyLatency:
+    """Read what `probe` wrote: one table, or a file of several. Raises InputError for a file that is neither."""
+    forms: dict[Any, type[AnyLatency]] = {"channels": ChannelLatency, "lengths": LatencyTables}
     try:
         contents = read_json(path)
-        channels = isinstance(contents, dict) and contents.get("kind") == "channels"
-        return (ChannelLatency if channels else LatencyTable).model_validate(contents)
+        kind = contents.get("kind") if isinstance(contents, dict) else None
+        form = forms.get(kind, LatencyTable) if isinstance(kind, str) else LatencyTable
+        return form.model_validate(contents)
     except OSError as error:
         raise InputError(f"Could not read the latency table {path}: {error.strerror}.") from error
     except ValueError as error:  # pydantic's is one

@@ -22,8 +22,10 @@ from .runtime_bench.stats import Ratio, ratio_of_medians, summarise_ms
 from .runtime_bench.subjects import Subject
 from .signature import Signature
 
-# What a runtime reads; the others load the checkpoint.
-FORMAT_OF = {"ort-cpu": "onnx", "ort-cuda": "onnx", "ort-tensorrt": "onnx", "openvino": "openvino"}
+FORMAT_OF = {  # what a runtime reads; the others load the checkpoint
+    **dict.fromkeys(("ort-cpu", "ort-cuda", "ort-tensorrt"), "onnx"),
+    **{name: name for name in ("openvino", "tensorrt", "rtx", "pt2")},
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,15 @@ class Stage:
     runtimes: Sequence[str]
 
     def write(self, name: str, candidate: Candidate) -> Path:
-        """Write a model and return its bundle's folder."""
+        """Write a model, exported in fp32 for the runtimes, and return its bundle's folder."""
+        bundle = self.bundle(name, candidate)
+        if formats := sorted({FORMAT_OF[runtime] for runtime in self.runtimes if runtime in FORMAT_OF}):
+            export_bundle(bundle, formats=formats, variants=("sliced",), models={"sliced": candidate.model}).check()
+        bundle.commit()
+        return bundle.root
+
+    def bundle(self, name: str, candidate: Candidate) -> Bundle:
+        """Write a model with what its files are checked by, and return the bundle, not yet committed."""
         model, processor, signature = candidate.model, candidate.processor, candidate.signature
         root = self.folder / name
         root.mkdir(parents=True)
@@ -58,10 +68,7 @@ class Stage:
             dict.fromkeys(VARIANTS, model), self.head, random_rows(model, signature, pad_id), pad_id
         ):
             bundle.add_golden(case)
-        if formats := sorted({FORMAT_OF[runtime] for runtime in self.runtimes if runtime in FORMAT_OF}):
-            export_bundle(bundle, formats=formats, variants=("sliced",), models={"sliced": model}).check()
-        bundle.commit()
-        return root
+        return bundle
 
 
 def time_bundles(roots: Mapping[str, Path], place: Place, seconds: float) -> dict[str, list[float]]:

@@ -21,11 +21,13 @@ from .archs import max_positions
 from .bundle import VARIANTS, Artifact, Bundle, Stage, disk_errors, publish, staging, write_atomically
 from .checkpoint import Dense, load_config, load_dense, save_sliced
 from .config import BenchSettings, Recipe
+from .costs import encoder_flops
 from .depth import Depth
 from .errors import BundleError, InputError, VerdictError
 from .evaluate import evaluate
 from .heads import Head
 from .late import Late
+from .lengths import Lengths
 from .offload import settle
 from .progress import Reporter, Silent
 from .pruner import prune_rows
@@ -364,7 +366,20 @@ class Steps:
 def _budget_entry(pruned: PrunedPlan) -> dict[str, Any]:
     """Return the budget for the manifest; with several limits, `kind` and `keep` are the first one's."""
     first = pruned.limits[0]
-    return {"kind": first["kind"], "keep": first["keep"], "seq_len": pruned.seq_len, "limits": pruned.limits}
+    entry = {"kind": first["kind"], "keep": first["keep"], "seq_len": pruned.seq_len, "limits": pruned.limits}
+    if pruned.lengths.data:
+        entry |= {"lengths": pruned.lengths.entry(), "kept_flops": _kept_flops(pruned)}
+    return entry
+
+
+def _kept_flops(pruned: PrunedPlan) -> dict[str, Any]:
+    """Return the shares of the FLOPs that are kept over the distribution, and at a few lengths of it."""
+
+    def kept(lengths: int | Lengths) -> float:
+        return encoder_flops(pruned.groups, lengths, pruned.plan) / encoder_flops(pruned.groups, lengths)
+
+    lengths = sorted({*pruned.lengths.samples(), pruned.seq_len})
+    return {"all": kept(pruned.lengths), "at": [{"tokens": n, "share": kept(n)} for n in lengths]}
 
 
 def _task_entry(name: str | None, head: Head, data: TaskData | None) -> dict[str, Any]:

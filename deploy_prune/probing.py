@@ -14,7 +14,7 @@ from .channel_costs import work_classes
 from .checkpoint import Dense, load_config, load_dense
 from .errors import InputError
 from .heads import Head
-from .latency_table import ChannelLatency, ChannelPoint, LatencyTable
+from .latency_table import AnyLatency, ChannelLatency, ChannelPoint, LatencyTable, LatencyTables
 from .measuring import Candidate, Stage, time_bundles
 from .progress import Progress
 from .runtime_bench.bench import Place
@@ -28,52 +28,71 @@ from .tasks.registry import model_head
 from .units import MaskSet, SlicePlan, UnitGroup, Units
 
 TOGETHER = 4  # points that are measured beside the dense model
-Ratios = Callable[[Sequence[Mapping[str, int]]], tuple[list[Ratio], float]]  # of plans, as counts per group
+Measured = tuple[list[Ratio], float]  # of each plan, to the dense model, and that one's median in ms
+Ratios = Callable[[Sequence[Mapping[str, int]]], list[Measured]]  # of plans, as counts per group; one per place
 
 
 def probe(
     model: str,
     *,
     runtime: str = "ort-cpu",
-    batch: int = 1,
-    seq: int = 128,
+    batch: int | Sequence[int] = 1,
+    seq: int | Sequence[int] = 128,
     widths: int = 8,
     threads: int | None = None,
     seconds: float = 2.0,
     progress: Progress = lambda share: None,
-) -> LatencyTable | ChannelLatency:
+) -> AnyLatency:
     """Measure a checkpoint's latency over the number of heads and of FFN neurons, or over its channels.
 
     A few cut models at a time take turns with the dense one, each in a process of its own, `seconds` for each, and
-    count by their ratio to it. Of transformers every point cuts all layers alike, so that caches and memory behave as
-    in the whole model; of convolutional networks see `channel_table`.
+    count by their ratio to it. Several batches or lengths give a table each, of the same cut models. Of transformers
+    every point cuts all layers alike, so that caches and memory behave as in the whole model; of convolutional networks
+    see `channel_table`.
     Raises InputError for a runtime, length or architecture that cannot be probed.
     """
     if runtime not in available_runtimes():
         raise InputError(f"No runtime '{runtime}'.", hint=f"There are: {', '.join(sorted(available_runtimes()))}.")
-    if min(batch, seq, widths) < 1:
+    batches, seqs = ([x] if isinstance(x, int) else sorted(set(x)) for x in (batch, seq))
+    if min(*(batches or [0]), *(seqs or [0]), widths) < 1:
         raise InputError("Batch, sequence length and number of widths must be 1 or more.")
     source = str(Path(model).resolve()) if Path(model).is_dir() else model
     head = Head(model_head(load_config(source)))
     dense = load_dense(source, head.kind)
     if (tokens := dense.signature.tokens) is not None:
-        seq = tokens
-    elif seq > (limit := max_positions(dense.model)):
-        raise InputError(f"The model has {limit} positions, not {seq}.", hint="Probe at a shorter length.")
-    place = Place(runtime, batch, seq, default_threads() if threads is None else threads)
+        if len(seqs) > 1:
+            raise InputError(f"The model makes {tokens} tokens of every image.", hint="Leave the lengths out.")
+        seqs = [tokens]
+    elif max(seqs) > (limit := max_positions(dense.model)):
+        raise InputError(f"The model has {limit} positions, not {max(seqs)}.", hint="Probe at a shorter length.")
+    places = [Place(runtime, b, n, default_threads() if threads is None else threads) for b in batches for n in seqs]
     surgery = surgery_of(dense.model, dense.signature.image, residual=True)
-    ratios = partial(cut_ratios, dense, head, surgery, place, seconds, progress)
+    ratios = partial(cut_ratios, dense, head, surgery, places, seconds, progress)
     if isinstance(surgery, ChannelSurgery):
-        return channel_table(surgery, dense.signature, place, widths, ratios)
-    return unit_table(surgery.groups, place, widths, ratios)
+        if len(places) > 1:
+            raise InputError("A convolutional network's table is of one batch.", hint="Probe each into its own file.")
+        return channel_table(surgery, dense.signature, places[0], widths, ratios)
+    tables = unit_tables(surgery.groups, places, widths, ratios)
+    return tables[0] if len(tables) == 1 else LatencyTables.of(tables)
 
 
-def unit_table(groups: Sequence[UnitGroup], place: Place, widths: int, ratios: Ratios) -> LatencyTable:
+def unit_tables(
+    groups: Sequence[UnitGroup], places: Sequence[Place], widths: int, ratios: Ratios
+) -> list[LatencyTable]:
     """Measure models whose layers all keep the same, and split their latency into that of heads and of neurons."""
     attention, ffn = one_shape(groups, "head"), one_shape(groups, "neuron")
     full = Point(attention.size, ffn.size)
     points = [p for p in grid(*full, widths) if p != full]
-    found, dense_ms = ratios([{g.name: p.heads if g.kind == "head" else p.neurons for g in groups} for p in points])
+    measured = ratios([{g.name: p.heads if g.kind == "head" else p.neurons for g in groups} for p in points])
+    return [unit_table(groups, place, points, *m) for place, m in zip(places, measured, strict=True)]
+
+
+def unit_table(
+    groups: Sequence[UnitGroup], place: Place, points: Sequence[Point], found: Sequence[Ratio], dense_ms: float
+) -> LatencyTable:
+    """Return the table that the ratios of models cut to `points` give."""
+    attention, ffn = one_shape(groups, "head"), one_shape(groups, "neuron")
+    full = Point(attention.size, ffn.size)
     layers = 1 + max(g.layer for g in groups)
     measured = {full: Ratio(1.0, 1.0, 1.0)} | dict(zip(points, found, strict=True))
     kinds, base_ms = kind_tables(measured, dense_ms, layers, attention.size, attention.width, ffn.size)
@@ -103,7 +122,7 @@ def channel_table(
     works, class_of = work_classes(surgery.graph)
     whole = {g.name: g.size for g in surgery.groups}
     plans = [whole, *channel_plans(surgery.groups, class_of, widths)]
-    found, dense_ms = ratios(plans[1:])
+    ((found, dense_ms),) = ratios(plans[1:])
     ms = dense_ms * np.array([1.0, *(r.value for r in found)])
     features = np.array([[1.0, *(t.cost(p) for w in works for t in (w.flops, w.elements))] for p in plans])
     held = np.arange(len(plans)) % 4 == 3
@@ -163,12 +182,13 @@ def cut_ratios(
     dense: Dense,
     head: Head,
     surgery: Surgery,
-    place: Place,
+    places: Sequence[Place],
     seconds: float,
     progress: Progress,
     plans: Sequence[Mapping[str, int]],
-) -> tuple[list[Ratio], float]:
-    """Return the latency of models that keep each group's first units, as ratios to dense, and dense's median in ms."""
+) -> list[Measured]:
+    """Return what models that keep each group's first units take at every place, all of one runtime."""
+    runtime = places[0].runtime
 
     def cut(counts: Mapping[str, int]) -> Candidate:
         masks = MaskSet({g.name: np.zeros(g.size) for g in surgery.groups})
@@ -177,23 +197,24 @@ def cut_ratios(
         model = surgery.slice(SlicePlan.from_masks(surgery.groups, masks))
         return Candidate(model, dense.processor, dense.signature)
 
-    found: list[Ratio] = []
-    dense_ns: list[float] = []
+    found: list[list[Ratio]] = [[] for _ in places]
+    dense_ns: list[list[float]] = [[] for _ in places]
     with tempfile.TemporaryDirectory(prefix="deploy-prune-probe-") as folder:
-        whole = Stage(Path(folder), head, [place.runtime]).write("dense", cut({g.name: g.size for g in surgery.groups}))
+        whole = Stage(Path(folder), head, [runtime]).write("dense", cut({g.name: g.size for g in surgery.groups}))
         for start in range(0, len(plans), TOGETHER):
             roots = {"dense": whole}
             with tempfile.TemporaryDirectory(dir=folder) as beside:
-                stage = Stage(Path(beside), head, [place.runtime])
+                stage = Stage(Path(beside), head, [runtime])
                 for number, counts in enumerate(plans[start : start + TOGETHER]):
                     roots[str(number)] = stage.write(str(number), cut(counts))
-                    progress((start + 0.9 * (number + 1)) / len(plans))
-                samples = time_bundles(roots, place, seconds)
-            beside_them = samples.pop("dense")
-            found += [ratio_of_medians(times, beside_them) for times in samples.values()]
-            dense_ns += beside_them
+                    progress((start + 0.5 * (number + 1)) / len(plans))
+                for at, place in enumerate(places):
+                    samples = time_bundles(roots, place, seconds)
+                    beside_them = samples.pop("dense")
+                    found[at] += [ratio_of_medians(times, beside_them) for times in samples.values()]
+                    dense_ns[at] += beside_them
             progress(min(1.0, (start + TOGETHER) / len(plans)))
-    return found, summarise_ms(dense_ns)["median"]
+    return [(ratios, summarise_ms(ns)["median"]) for ratios, ns in zip(found, dense_ns, strict=True)]
 
 
 def one_shape(groups: Sequence[UnitGroup], kind: str) -> UnitGroup:

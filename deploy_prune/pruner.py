@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -37,6 +35,7 @@ from .kept import (
     unpack_sweep,
 )
 from .layer_calibration import calibrate_by_layers
+from .lengths import Lengths
 from .masking import Updates, mask_model
 from .offload import Rotation
 from .progress import Progress, Reporter, Silent
@@ -84,9 +83,9 @@ class Pruner:
         """Return what can be cut, and how."""
         return surgery_of(self.model)
 
-    def limits(self, budget: Budget, seq_len: int) -> list[Limit]:
+    def limits(self, budget: Budget, lengths: Lengths) -> list[Limit]:
         """Return one limit per bound cost."""
-        return budget.limits(self.groups, seq_len, sum(p.numel() for p in self.model.parameters()))
+        return budget.limits(self.groups, lengths, sum(p.numel() for p in self.model.parameters()))
 
     def check(self, options: Options) -> None:
         """Refuse options before anything is computed. Raises InputError."""
@@ -105,8 +104,8 @@ class Pruner:
         recorder = Recorder(self.device)
         stats = self._calibrate(options, criterion, recorder)
         scores = self._score(options, criterion, stats, recorder)
-        seq_len = budget.seq_len or math.ceil(np.mean([r.length for r in self.rows]))
-        limits = self.limits(budget, seq_len)
+        lengths = budget.lengths_over(self.rows, options.seed)
+        limits = self.limits(budget, lengths)
 
         options = self._leave_out(options, recorder)
         if options.steps > 1 and stats is not None:
@@ -159,7 +158,7 @@ class Pruner:
                 }
 
         reached = [_reached(limit, found) for limit in limits]
-        result = PrunedPlan(plan, self.surgery, seq_len, reached, stages=recorder.records)
+        result = PrunedPlan(plan, self.surgery, lengths, reached, stages=recorder.records)
         if options.compensate == "none" or stats is None:
             recorder.skip("compensate", "switched off")
         else:
@@ -193,6 +192,14 @@ class Pruner:
             pack_rearranged,
             unpack_rearranged,
         )
+
+    def search(self, budget: Budget, options: Options | None = None) -> Search:
+        """Return what the search keeps within a budget, before anything is compensated: what `prune` starts from."""
+        resolved = (options or Options()).resolved(self.groups)
+        criterion, recorder = get_criterion(resolved.criterion), Recorder(self.device)
+        scores = self._score(resolved, criterion, self._calibrate(resolved, criterion, recorder), recorder)
+        limits = self.limits(budget, budget.lengths_over(self.rows, resolved.seed))
+        return self._search(scores, limits, resolved)
 
     def _calibrate(self, options: Options, criterion: Criterion, recorder: Recorder) -> CalibrationStats | None:
         if criterion.data_free and options.rearrange == options.compensate == "none":

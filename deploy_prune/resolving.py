@@ -65,6 +65,8 @@ def budget_of(recipe: Recipe) -> Budget:
         max_bytes=recipe.max_bytes,
         keep_latency=recipe.keep_latency,
         lut=read_latency_table(recipe.lut) if recipe.lut else None,
+        lengths=recipe.lengths,
+        lengths_batch=recipe.lengths_batch,
     )
 
 
@@ -80,6 +82,10 @@ def check_length(seq_len: int | None, dense: Dense) -> None:
 
 def check_kind(recipe: Recipe, dense: Dense) -> None:
     """Raise InputError, before anything is computed, for what a recipe asks of another kind of model."""
+    if recipe.lengths == "data" and dense.signature.image:
+        raise InputError(
+            "The model takes images of one size: they have no lengths to budget over.", hint="Leave --lengths out."
+        )
     if is_convolutional(dense.model):
         if recipe.drop_layers or recipe.drop_sublayers:
             raise InputError("Whole blocks of a convolutional network cannot be left out.", hint="Cut channels alone.")

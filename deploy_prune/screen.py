@@ -17,7 +17,7 @@ from rich.table import Table
 
 from .bundle import Artifact
 from .errors import DeployPruneError
-from .latency_table import ChannelLatency, LatencyTable
+from .latency_table import AnyLatency, ChannelLatency, LatencyTables
 from .progress import Progress as ShareDone
 
 out = Console()
@@ -94,10 +94,14 @@ def print_internal_error(error: BaseException) -> None:
     )
 
 
-def print_latency_table(table: LatencyTable | ChannelLatency) -> None:
+def print_latency_table(table: AnyLatency) -> None:
     """Print what was measured: one layer's attention and FFN at every count, or whole networks cut to channels."""
     if isinstance(table, ChannelLatency):
         _print_channel_latency(table)
+        return
+    if isinstance(table, LatencyTables):
+        for one in table.tables:
+            print_latency_table(one)
         return
     where = f"{table.runtime}, batch {table.batch}, {table.seq} tokens: dense {table.dense_ms:.2f} ms"
     grid = Table(title=f"{where}, of which {table.base_ms:.2f} ms cannot be cut", title_justify="left")

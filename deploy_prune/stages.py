@@ -14,6 +14,7 @@ from torch import nn
 
 from .depth import Depth
 from .errors import InputError, SystemStateError
+from .lengths import Lengths
 from .masking import OutputWeights
 from .search import Minimum
 from .surgery import Surgery
@@ -79,11 +80,16 @@ class PrunedPlan:
 
     plan: SlicePlan
     surgery: Surgery
-    seq_len: int
+    lengths: Lengths  # that the budget holds at
     limits: list[dict[str, Any]] = field(default_factory=list)
     updates: dict[str, OutputWeights] = field(default_factory=dict)
     stages: list[dict[str, Any]] = field(default_factory=list)
     sliced: nn.Module | None = None
+
+    @property
+    def seq_len(self) -> int:
+        """Return the length that stands for all: the budget's, or the data's mean, in tokens."""
+        return self.lengths.seq_len
 
     @property
     def groups(self) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..bundle import VARIANTS, Bundle, disk_errors, sha256_file, write_atomically
+from ..lengths import kept_line, lengths_line
 from ..signature import Signature
 from . import figures
 from .bench import latest_bench, place_title, stored_runs
@@ -210,6 +211,9 @@ def budget_line(budget: Mapping[str, Any], signature: Signature = TEXTS) -> str:
     limits = budget.get("limits") or [budget]
     bound = {kind: words.replace("encoder", signature.part) for kind, words in BOUND.items()}
     shares = [f"{percent(limit.get('keep', 1.0))} {bound[limit.get('kind', 'flops')]}" for limit in limits]
+    if "lengths" in budget:
+        over = lengths_line(budget["lengths"])
+        return f"budget: {', '.join(shares)}, over {over}; {kept_line(budget['kept_flops'])}"
     return f"budget: {', '.join(shares)}, at {length}"
 
 

@@ -87,6 +87,14 @@ def half_width(values: Sequence[float]) -> float | None:
     return float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * sem(values))
 
 
+def median_interval(samples: Sequence[float], *, seed: int = 0) -> Ratio:
+    """Return the median of rounds with its percentile bootstrap interval, in the samples' unit.
+
+    Raises InputError for fewer than 2 rounds.
+    """
+    return ratio_of_medians(samples, [1.0] * len(samples), seed=seed)
+
+
 def noise_floor(control: Mapping[str, float]) -> float:
     """Return how far from 1 the ratio of a model to itself, in another process, may lie: its interval's farther end."""
     return max(control["high"] - 1.0, 1.0 - control["low"], 0.0)

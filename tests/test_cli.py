@@ -22,7 +22,7 @@ from deploy_prune.cli import app, invoke
 
 STAGES = ("calibrate", "score", "search", "rearrange", "compensate", "evaluate", "export", "bench")
 COMMANDS = ("run", "prune", "slice", "export", "verify", "bench", "report", "gate", "probe", "experiment", "inspect")
-COMMANDS = (*COMMANDS, "serve", "keygen", "sign", "sweep", "doctor")
+COMMANDS = (*COMMANDS, "tune", "serve", "keygen", "sign", "sweep", "doctor")
 
 
 class Workplace:

@@ -21,7 +21,7 @@ FOLDERS = {
 
 # A room may import rooms of its own line and of the lines above it, never of a line below.
 LAYERS = [
-    "errors parallel documents signing units progress moments image_settings",
+    "errors parallel documents signing units progress moments image_settings lengths",
     "latency_table images npz",
     "archs costs heads signature tasks bundle config masking modeling_sliced batches fidelity",
     "given_masks archives snippets",
@@ -38,8 +38,8 @@ LAYERS = [
     "late",
     "pipeline measuring",
     "probing experiments",
-    "sweep",
-    "api screen inspection doctor flags server cli_export cli_gate cli_lab cli_serve cli_sign cli_sweep cli",
+    "sweep tune",
+    "api screen inspection doctor flags server cli_export cli_gate cli_lab cli_serve cli_sign cli_sweep cli_tune cli",
 ]
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer.split()}
 # export and runtime_bench never import each other; only the probe compiles what it measures.
@@ -55,6 +55,8 @@ TORCH_FREE = [
     *("deploy_prune.signing", "deploy_prune.cli_sweep"),
     *(f"deploy_prune.sweep.{name}" for name in ("settings", "cells", "store", "cluster", "driver", "run", "results")),
     "deploy_prune.sweep.report",
+    *("deploy_prune.tune", "deploy_prune.tune.settings", "deploy_prune.tune.verdict"),
+    *("deploy_prune.lengths", "deploy_prune.latency_table", "deploy_prune.costs"),
     *("deploy_prune.runtime_bench.stats", "deploy_prune.runtime_bench.gate", "deploy_prune.runtime_bench.report"),
 ]
 

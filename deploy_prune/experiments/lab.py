@@ -66,7 +66,7 @@ class Lab:
         source = str(Path(setting.model).resolve()) if Path(setting.model).is_dir() else setting.model
         check_task(setting.task, load_config(source))
         self.head = Head(task_head(setting.task))
-        dense = load_dense(source, self.head.kind)
+        self.checkpoint = dense = load_dense(source, self.head.kind)
         self.device = resolve_device(setting.device)
         self.model, self.processor = dense.model.to(self.device), dense.processor
         self.checkpoint, self.pad_id = dense, dense.pad_id
@@ -166,7 +166,9 @@ class Lab:
             raise InputError("This experiment needs a latency table.", hint="Make one with deploy-prune probe: --lut.")
         table = read_latency_table(self.setting.lut)
         if not isinstance(table, LatencyTable):
-            raise InputError(f"{self.setting.lut} is the table of a convolutional network.", hint="Probe this model.")
+            raise InputError(
+                f"{self.setting.lut} is not a transformer's table of one shape.", hint="Probe this model at one length."
+            )
         return table
 
     def predicted(self, found: PrunedPlan) -> float:

@@ -14,15 +14,18 @@ from pathlib import Path
 from deploy_prune import images
 from deploy_prune.bundle import Bundle
 from deploy_prune.config import BenchSettings, ExportSettings, GateSettings, Recipe, ServeSettings, load_settings
+from deploy_prune.costs import latency_table
 from deploy_prune.errors import DeployPruneError
 from deploy_prune.images import ImageProcessor, open_image
-from deploy_prune.latency_table import LatencyTable, read_latency_table
+from deploy_prune.latency_table import LatencyTable, LatencyTables, read_latency_table
+from deploy_prune.lengths import Lengths
 from deploy_prune.npz import read_npz
 from deploy_prune.signature import Signature
 from deploy_prune.tasks.arrays import read_arrays
 from deploy_prune.tasks.conll import read_sentences
 from deploy_prune.tasks.squad import read_questions
 from deploy_prune.tasks.table import read_table
+from deploy_prune.tune import TuneSettings
 from deploy_prune.units import UnitGroup
 
 ROOT = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
@@ -64,7 +67,7 @@ def plan(data: bytes) -> None:
 def recipe(data: bytes) -> None:
     """Read a TOML file as each command that takes one does."""
     path = file_of(data, "recipe.toml")
-    for settings in (Recipe, BenchSettings, ExportSettings, GateSettings, ServeSettings):
+    for settings in (Recipe, BenchSettings, ExportSettings, GateSettings, ServeSettings, TuneSettings):
         attempt(lambda settings=settings: load_settings(settings, path, "run"))
 
 
@@ -72,6 +75,8 @@ def lut(data: bytes) -> None:
     """Read a latency table and look it up."""
     table = read_latency_table(file_of(data, "lut.json"))
     table.check([HEADS])
+    if isinstance(table, LatencyTables):
+        latency_table([HEADS], table, Lengths.one(table.tables[0].seq))
     if isinstance(table, LatencyTable):
         assert table.costs(HEADS).shape == (HEADS.size + 1,)
 
