@@ -143,7 +143,7 @@ class ChannelPruner(Pruner):
             larger = [Limit.share(x.table, solver.teacher_keep(x.keep)) for x in limits]
             teacher = self.model
             if any(x.keep < 1.0 for x in larger):  # mask tuning follows a model that is pruned less
-                masks = self._search(scores, larger, options).masks
+                masks = self.searched(scores, larger, options).masks
                 teacher = ignoring(self.model, self.graph, SlicePlan.from_masks(self.groups, masks))
             feeds = list(self.batches.shared())
             swept = sweep_channels(

@@ -49,6 +49,16 @@ def unpack_scores(kept: Kept) -> Scores:
     return {name: tensor.numpy() for name, tensor in kept[0].items()}
 
 
+def pack_step(found: tuple[Scores, float]) -> Kept:
+    """Return a step's scores as tensors by group, and the mean loss."""
+    return pack_scores(found[0])[0], {"mean_loss": found[1]}
+
+
+def unpack_step(kept: Kept) -> tuple[Scores, float]:
+    """Return a step's scores and the mean loss."""
+    return unpack_scores(kept), kept[1]["mean_loss"]
+
+
 def pack_sweep(swept: SweepResult) -> Kept:
     """Return a sweep's projections and scales as tensors by name, and its log."""
     tensors = {f"{part}/{name}": getattr(u, part) for name, u in swept.updates.items() for part in ("weight", "bias")}

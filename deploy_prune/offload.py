@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .archs import arch_of
+from .archs import arch_of, is_convolutional
 
 HOME = torch.device("cpu")
 
@@ -21,6 +21,11 @@ def settle(model: nn.Module, device: torch.device) -> None:
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if any(tensor.device != target for tensor in own):
             module._apply(lambda tensor, target=target: tensor.to(target), recurse=False)
+
+
+def offloaded(model: nn.Module) -> bool:
+    """Say whether a model's layers lie elsewhere than the rest of it; those of convolutional networks never do."""
+    return not is_convolutional(model) and Rotation(model).moves
 
 
 class Rotation:

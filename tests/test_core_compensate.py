@@ -24,9 +24,10 @@ from deploy_prune.errors import InputError
 from deploy_prune.heads import Head
 from deploy_prune.layerwise import Taps
 from deploy_prune.masking import mask_model
+from deploy_prune.model_runs import with_scales
 from deploy_prune.moments import Moments, MomentSums, gram
 from deploy_prune.predict import predict
-from deploy_prune.pruner import prune_rows, with_scales
+from deploy_prune.pruner import prune_rows
 from deploy_prune.slicing import slice_model
 from deploy_prune.stages import Options
 from deploy_prune.units import MaskSet, SlicePlan, UnitGroup

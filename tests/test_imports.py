@@ -32,7 +32,7 @@ LAYERS = [
     "slicing channel_slicing surgery module_checkpoint renaming checkpoint",
     "depth",
     "stages runtimes finetune distil recover resume kept",
-    "pruner channel_pruner serve",
+    "model_runs pruner channel_pruner serve",
     "export runtime_bench demo demo_text demo_digits",
     "variants golden evaluate resolving",
     "late",

@@ -26,7 +26,7 @@ REARRANGED = [*PRUNED[:3], "rearrange", "compensate"]
 WAYS: dict[str, tuple[dict[str, Any], dict[str, list[str]]]] = {
     "refit": ({}, {"score": ["calibrate"], "compensate": PRUNED[:3], "evaluate": PRUNED}),
     "mask-tuning": ({"compensate": "mask-tuning"}, {"rearrange": PRUNED[:3], "evaluate": REARRANGED}),
-    "steps": ({"steps": 3}, {"step 2": PRUNED[:2], "search": ["calibrate", "score", "steps"]}),
+    "steps": ({"steps": 3}, {"step 2": [*PRUNED[:2], "step 1"], "search": [*PRUNED[:2], "step 1", "step 2"]}),
     "depth": ({"drop_sublayers": 1}, {"search": ["calibrate", "score", "depth"]}),
     "recovery": ({"recover_epochs": 1.0, "compensate": "mask-tuning"}, {"evaluate": REARRANGED}),
     "late depth": ({"drop_sublayers": 1, "depth_order": "after"}, {"evaluate": [*PRUNED, "late depth"]}),
@@ -92,7 +92,7 @@ def test_a_killed_run_is_taken_up_and_ends_bit_for_bit_alike(way: str, tmp_path:
         again = Watcher()
         made = pruned(settings, again)
         if way == "channels in steps" and stage == "compensate":
-            expected = [*expected, "steps", "search", "rearrange"]
+            expected = [*expected, "step 1", "search", "rearrange"]
         assert again.resumed == expected
         assert identity(made) == identity(whole)
         assert made.manifest.files["plan.json"] == whole.manifest.files["plan.json"]
