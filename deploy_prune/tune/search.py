@@ -30,7 +30,7 @@ from .workbench import Workbench
 STARTUP_TRIALS = 8  # before the optimiser has a model of its own
 ASKED_PER_TRIAL = 20  # proposals for each candidate that is made: the others are discarded or known
 AIMED = 3  # shares of each form that are aimed at the target by prediction
-STEP = 3  # percent by which the next aim is lower than one that was late
+STEP = 5  # percent by which the next aim is lower than one that was late
 KEPT = 3  # bundles of candidates that may win; others are removed
 
 
@@ -71,21 +71,22 @@ class Hunt:
 
         First the dense model in every form: it may do, and predictions are shares of its latency. Then, in turns, the
         largest share of each form that is predicted to reach the target, up to `AIMED` times: each measurement corrects
-        the next prediction, and where that is the share which has just failed, a smaller one is taken.
+        the next prediction, and nothing is aimed at that keeps as much as an aim that was late.
         """
         records, forecast = self.records(), self.forecast
         forms, align = self.bench.space.forms, self.bench.settings.aligns[0]
         if untried := [form for form in forms if forecast.dense(form) is None]:
             return Choice(WHOLE, align, untried[0])
         tried = {(round(100 * r["keep"]), r["form"]) for r in records}
-        made = [r for r in records if r["state"] == "measured"]
-        late = {(round(100 * r["keep"]), r["form"]) for r in made if r["latency"]["high_ms"] > self.limits.target_ms}
-        aimed = {f.name: sum(r["aimed"] and r["form"] == f.name and r["keep"] < 1 for r in records) for f in forms}
-        for form in sorted(forms, key=lambda f: aimed[f.name]):
-            percent = forecast.largest(form, self.limits.target_ms) if aimed[form.name] < AIMED else None
-            while percent is not None and (percent, form.name) in late:
-                percent -= STEP
-            if percent is not None and percent >= self.bench.space.least and (percent, form.name) not in tried:
+        aims = {f.name: [r for r in records if r["aimed"] and r["form"] == f.name and r["keep"] < 1] for f in forms}
+        for form in sorted(forms, key=lambda f: len(aims[f.name])):
+            percent = forecast.largest(form, self.limits.target_ms) if len(aims[form.name]) < AIMED else None
+            if percent is None:
+                continue
+            made = [r for r in aims[form.name] if r["state"] == "measured"]
+            late = [round(100 * r["keep"]) for r in made if r["latency"]["high_ms"] > self.limits.target_ms]
+            percent = min([percent, *(p - STEP for p in late)])
+            if percent >= self.bench.space.least and (percent, form.name) not in tried:
                 return Choice(percent, align, form)
         return None
 
