@@ -24,6 +24,7 @@ help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 28
 	@echo "Variables of export: MODEL TASK DATA KEEP SEQ SAMPLES SEED DEVICE FORMATS PRECISION OUT"
 	@echo "Variables of regress: BASE NEW FLAGS"
+	@echo "Variables of test:   JOBS (2: more need more memory, and disturb the tests that measure)"
 	@echo "Variables of all:    GPU=1, PYTHON=python3.12, TORCH_INDEX=URL (where to find another torch wheel)"
 
 setup: $(READY) ## Make the environment and install everything, pinned
@@ -50,8 +51,9 @@ regress: $(READY) ## Check NEW against BASE in this job: latency, and what FLAGS
 	  $(BIN)/deploy-prune gate $(call quoted,NEW) $(call flag,BASE,--base) --junit gate/junit.xml \
 	  --out gate/verdict.json --history gate/history.jsonl --trend gate/trend.svg $(FLAGS)
 
-test: $(READY) ## Run all tests (those on real data only where DEPLOY_PRUNE_DATA is set)
-	$(BIN)/python -m pytest -rs
+test: JOBS ?= 2
+test: $(READY) ## Run all tests, JOBS files at a time (those on real data only where DEPLOY_PRUNE_DATA is set)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n $(call quoted,JOBS) --dist loadfile
 
 check: $(READY) ## Run ruff, bandit, mypy on an installed copy, and the test of the import direction
 	$(BIN)/ruff check .
@@ -70,7 +72,7 @@ fuzz: $(READY) ## Fuzz the reader TARGET (manifest plan recipe lut npz separated
 
 test-transformers4: $(READY) $(OVERLAY)/.installed ## Run the core tests under transformers 4.57
 	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -c 'import transformers as t; assert t.__version__[0] == "4"'
-	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -m pytest tests/test_core_*.py
+	PYTHONPATH=$(CURDIR)/$(OVERLAY) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_core_*.py
 
 $(OVERLAY)/.installed: constraints-transformers4.txt $(READY)
 	rm -rf $(OVERLAY)
