@@ -22,7 +22,10 @@ app = typer.Typer()
     TuneSettings, "tune", file=typer.Option("--config", "-c", help="The settings as a TOML file; flags override it.")
 )
 def tune(
-    model: Annotated[str, typer.Argument(help="Hub id or folder of the dense checkpoint; 'demo' is the built-in one.")],
+    model: Annotated[
+        str, typer.Argument(help="Hub id or folder of the dense checkpoint; 'demo' is the built-in one.")
+    ] = "demo",
+    *,
     settings: TuneSettings,
     as_json: Json = False,
 ) -> None:

@@ -69,7 +69,8 @@ def settings_command(
         def command(**values: Any) -> None:
             given = split_lists(settings, {key: values.pop(key) for key in settings.model_fields if key in values})
             path = values.pop("file", None)
-            function(values.pop(first.name), load_settings(settings, path, name, **given), **values)
+            loaded = {own[1].name: load_settings(settings, path, name, **given)}
+            function(values.pop(first.name), **loaded, **values)
 
         return dressed(command, function, parameters)
 
