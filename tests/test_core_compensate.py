@@ -311,7 +311,7 @@ def test_unknown_compensation_lists_the_known() -> None:
 
 def test_an_unknown_compensation_costs_no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     """It used to be refused after minutes of calibration and scores."""
-    monkeypatch.setattr("deploy_prune.pruner.calibrate", lambda *args, **kwargs: pytest.fail("calibrated first"))
+    monkeypatch.setattr("deploy_prune.model_runs.calibrate", lambda *args, **kwargs: pytest.fail("calibrated first"))
     with pytest.raises(InputError, match="prayer"):
         prune_rows(
             tiny_model("bert"), Head("classification"), tiny_rows(64), Budget(0.5), options=Options(compensate="prayer")
