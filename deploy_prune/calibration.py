@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,34 +78,30 @@ def calibrate(
     longest = max(r.length for r in rows)
     seen = {g.name: GroupSums(g, len(rows), longest, device, gradient_moments) for g in groups}
     tokens, loss_sum = parallel.SectionSum((), device), parallel.SectionSum((), device)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    for p in trainable:  # gradients flow to the masks alone
-        p.requires_grad_(False)
-    for done, batch in enumerate(batches.shared()):
-        batch = batch.to(device)
-        size, section = len(batch.index), batch.number % parallel.sections()
-        index = torch.tensor(batch.index, device=device)
-        with ExitStack() as stack:
-            masks = {g.name: torch.ones(size, g.size, device=device, requires_grad=True) for g in groups}
-            for g in groups:
-                consumer, sums = model.get_submodule(g.consumer), seen[g.name]
-                before = mask_hook(masks[g.name], g.width, sums, section, batch.mask)
-                stack.callback(consumer.register_forward_pre_hook(before).remove)
-                stack.callback(consumer.register_forward_hook(gradient_hook(sums, section, index)).remove)
-            stack.enter_context(torch.enable_grad())
-            autocast = forward_dtype != torch.float32
-            with torch.autocast(device.type, dtype=forward_dtype if autocast else None, enabled=autocast):
-                outputs = head.outputs(model, batch.inputs)
-            outputs = {k: v.float() for k, v in outputs.items()}
-            loss = losses(head, outputs, batch, label_free, seed)
-            grads = torch.autograd.grad(loss.sum(), [masks[g.name] for g in groups])
-        for g, grad in zip(groups, grads, strict=True):
-            gradients[g.name].index_copy_(0, index, grad.float())
-        loss_sum.add(section, loss.detach().double().sum())
-        tokens.add(section, batch.mask.sum())
-        progress((done + 1) / total)
-    for p in trainable:
-        p.requires_grad_(True)
+    with frozen(model):
+        for done, batch in enumerate(batches.shared()):
+            batch = batch.to(device)
+            size, section = len(batch.index), batch.number % parallel.sections()
+            index = torch.tensor(batch.index, device=device)
+            with ExitStack() as stack:
+                masks = {g.name: torch.ones(size, g.size, device=device, requires_grad=True) for g in groups}
+                for g in groups:
+                    consumer, sums = model.get_submodule(g.consumer), seen[g.name]
+                    before = mask_hook(masks[g.name], g.width, sums, section, batch.mask)
+                    stack.callback(consumer.register_forward_pre_hook(before).remove)
+                    stack.callback(consumer.register_forward_hook(gradient_hook(sums, section, index)).remove)
+                stack.enter_context(torch.enable_grad())
+                autocast = forward_dtype != torch.float32
+                with torch.autocast(device.type, dtype=forward_dtype if autocast else None, enabled=autocast):
+                    outputs = head.outputs(model, batch.inputs)
+                outputs = {k: v.float() for k, v in outputs.items()}
+                loss = losses(head, outputs, batch, label_free, seed)
+                grads = torch.autograd.grad(loss.sum(), [masks[g.name] for g in groups])
+            for g, grad in zip(groups, grads, strict=True):
+                gradients[g.name].index_copy_(0, index, grad.float())
+            loss_sum.add(section, loss.detach().double().sum())
+            tokens.add(section, batch.mask.sum())
+            progress((done + 1) / total)
     return CalibrationStats(
         gradients={name: parallel.fill(rows_of) for name, rows_of in gradients.items()},
         saliency={name: parallel.fill(sums.saliency) for name, sums in seen.items()},
@@ -117,6 +113,19 @@ def calibrate(
         sample_hash=hash_rows(rows),
         label_free=label_free,
     )
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let gradients flow to masks and hidden states alone, not to the parameters."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
 
 
 def losses(head: Head, outputs: Mapping[str, Tensor], batch: Batch, label_free: bool, seed: int) -> Tensor:

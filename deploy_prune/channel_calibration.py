@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import parallel
 from .archs.conv import ChannelGraph, Layer
 from .batches import Batches
-from .calibration import CalibrationStats, losses
+from .calibration import CalibrationStats, frozen, losses
 from .heads import Head
 from .progress import Progress
 
@@ -44,10 +44,7 @@ def calibrate_channels(
     squares = {g.name: parallel.SectionSum((g.size,), device) for g in graph.groups}
     felt = {x.path: _Felt(x, rows, device, gradient_moments) for x in graph.layers}
     loss_sum = parallel.SectionSum((), device)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    for p in trainable:  # gradients flow to the masks alone
-        p.requires_grad_(False)
-    try:
+    with frozen(model):
         for done, batch in enumerate(batches.shared()):
             batch, section = batch.to(device), batch.number % parallel.sections()
             index = torch.tensor(batch.index, device=device)
@@ -71,9 +68,6 @@ def calibrate_channels(
                 gradients[g.name].index_copy_(0, index, grad.float())
             loss_sum.add(section, loss.detach().double().sum())
             progress((done + 1) / total)
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)
     reached = {path: f for path, f in felt.items() if f.saliency is not None}
     return CalibrationStats(
         gradients={name: parallel.fill(found) for name, found in gradients.items()},

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import parallel
 from .archs import per_layer
 from .batches import Batch, Batches
-from .calibration import CalibrationStats, GroupSums, gradient_hook, hash_rows, losses, mask_hook
+from .calibration import CalibrationStats, GroupSums, frozen, gradient_hook, hash_rows, losses, mask_hook
 from .heads import Head
 from .layerwise import LayerRunner, StateCache, first
 from .offload import HOME
@@ -46,7 +46,7 @@ def calibrate_by_layers(
     calibration = _Calibration(model, groups, head, list(batches.shared()), rows, forward_dtype)
     depths, told = len(calibration.layers), _Steps(progress, 2 * len(calibration.layers) + 1)
     parts: dict[str, dict[str, Tensor]] = {"gradients": {}, "saliency": {}, "squares": {}, "moments": {}}
-    with _frozen(model):
+    with frozen(model):
         for depth in range(depths):
             calibration.forward(depth)
             told()
@@ -179,16 +179,3 @@ class _Steps:
     def __call__(self) -> None:
         self.done += 1
         self.progress(self.done / self.total)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let gradients flow to masks and hidden states alone."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    for p in trainable:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)

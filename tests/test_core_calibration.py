@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -146,3 +148,12 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == [p is not frozen for p in model.parameters()]
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_calibration_that_fails_leaves_the_parameters_trainable() -> None:
+    """Regression: rows without labels once left the model frozen."""
+    model, rows = tiny_model("bert"), tiny_rows(4)
+    unlabelled = [replace(row, label=None) for row in rows]
+    with pytest.raises(InputError, match="no label"):
+        calibrate(model, arch_of(model).groups(model), Head("classification"), unlabelled)
+    assert all(p.requires_grad for p in model.parameters())

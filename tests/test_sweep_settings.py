@@ -44,6 +44,11 @@ def test_the_small_recipe_needs_nothing_from_outside() -> None:
     assert {entry.model for entry in settings.entries} == {"digits-vit"}
 
 
+def test_the_recipe_of_the_overhead_has_as_many_cells_as_the_docs_say() -> None:
+    settings = load_settings(SweepSettings, RECIPES / "sweep-sst2.toml", "sweep")
+    assert f"{len(expand(settings))} cells took" in (RECIPES.parent / "docs" / "sweep.md").read_text("utf-8")
+
+
 def test_the_docs_name_every_key_and_column() -> None:
     text = (RECIPES.parent / "docs" / "sweep.md").read_text("utf-8")
     named = set(re.findall(r"`(\w+)`", text))
