@@ -280,6 +280,38 @@ def test_grpc_connections_that_say_nothing_are_cut_off(root: Path, monkeypatch: 
             assert call(b"", timeout=10) == b"\x08\x01"
 
 
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """Return a frame of HTTP/2: its length, kind, flags and stream before the payload."""
+    return len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream.to_bytes(4, "big") + payload
+
+
+def field(name: bytes, value: bytes) -> bytes:
+    """Return a header as HTTP/2 packs it, without a table: literal name and value."""
+    return b"\0" + bytes((len(name),)) + name + bytes((len(value),)) + value
+
+
+def test_grpc_messages_that_never_end_are_cut_off(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "AGE_MS", 1_000)
+    monkeypatch.setattr(rpc, "GRACE_MS", 500)
+    with running({"m": root}, connections=1) as server:
+        path = b"/inference.GRPCInferenceService/ModelInfer"
+        asked = {b":method": b"POST", b":scheme": b"http", b":path": path, b":authority": b"localhost"}
+        asked |= {b"content-type": b"application/grpc", b"te": b"trailers"}
+        headers = b"".join(field(name, value) for name, value in asked.items())
+        with socket.create_connection(("127.0.0.1", server.grpc_port), timeout=20) as dripping:
+            dripping.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + frame(4, 1, 0))
+            dripping.sendall(frame(1, 4, 1, headers) + frame(0, 0, 1, b"\0" + (1000).to_bytes(4, "big")))
+            started = time.monotonic()
+            with pytest.raises((BrokenPipeError, ConnectionResetError)):
+                for _ in range(400):  # fewer bytes than it announced
+                    dripping.sendall(frame(0, 0, 1, b" "))
+                    time.sleep(0.05)
+            assert time.monotonic() - started > 0.8  # not for what it sent
+        with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+            call = channel.unary_unary("/inference.GRPCInferenceService/ServerLive", lambda x: x, lambda x: x)
+            assert call(b"", timeout=10) == b"\x08\x01"  # its only place is free again
+
+
 def test_the_servers_own_faults_show_nothing_of_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail(self: Version, feeds: Any) -> Any:
         raise RuntimeError("secret of /etc/secret")

@@ -39,7 +39,8 @@ CONTENTS = {
 OPEN = ("/ServerLive", "/ServerReady")  # what needs no token
 HANDSHAKE_MS = 10_000  # until a connection speaks HTTP/2, TLS included
 PING_MS = 60_000  # a client that answers none is gone
-AGE_MS = 600_000  # of a connection: one that never ends its request is cut off, all others go on in a new one
+AGE_MS = 600_000  # of a connection, whose next calls go through a new one
+GRACE_MS = 60_000  # after that age, for the calls that run: a message that never ends is cut off
 
 
 class Service(stubs.GRPCInferenceServiceServicer):
@@ -162,7 +163,7 @@ async def start(
         ("grpc.keepalive_time_ms", PING_MS),
         ("grpc.keepalive_timeout_ms", PING_MS),
         ("grpc.max_connection_age_ms", AGE_MS),
-        ("grpc.max_connection_age_grace_ms", PING_MS),
+        ("grpc.max_connection_age_grace_ms", GRACE_MS),
     ]
     server = grpc.aio.server(interceptors=[Guard(token)], options=options, maximum_concurrent_rpcs=most_calls)
     stubs.add_GRPCInferenceServiceServicer_to_server(Service(engine), server)
