@@ -313,6 +313,21 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def make_room(*paths: Path | None) -> None:
+    """Make the folders of files that are to be written, before the work whose results they take.
+
+    Raises InputError for a path that is a folder, or lies in a file.
+    """
+    for path in (p for p in paths if p is not None):
+        try:
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(f"{path} cannot be written: {error.filename} is a file.", hint="Name another.") from error
+        if path.is_dir():
+            raise InputError(f"{path} is a folder.", hint="Name a file in it.")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that readers see the old or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from . import __version__, cli_export, cli_gate, cli_lab, cli_serve, cli_sign, cli_sweep, cli_tune, screen
-from .bundle import Bundle, disk_errors, locked, write_atomically
+from .bundle import Bundle, disk_errors, locked, make_room, write_atomically
 from .config import ALLOW_CODE, ALLOW_PICKLE, BenchSettings, Recipe
 from .errors import DeployPruneError, DismissedError, MissingExtraError, SystemStateError, VerdictError
 from .flags import BundleArg, Json, recipe_command, settings_command
@@ -137,7 +137,10 @@ app.add_typer(cli_export.app)
 def bench(
     paths: Annotated[list[Path], typer.Argument(metavar="BUNDLE | BUNDLES... | ONNX...", show_default=False)],
     settings: BenchSettings,
-    out: Annotated[Path | None, typer.Option(help="File for the result (JSON); a single bundle keeps its own.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File for the result (JSON; of files every run as .npz beside it)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure models side by side: latency, memory, throughput and energy, each model in a process of its own.
@@ -153,9 +156,10 @@ def bench(
 
       deploy-prune bench a.onnx b.onnx --seq 128
     """
-    from .runtime_bench.bench import bench_bundle, bench_paths
+    from .runtime_bench.bench import bench_bundle, bench_paths, keep_samples
     from .runtime_bench.report import store_report
 
+    make_room(out)
     with screen.Bars() as bars, bars.stage("bench") as progress:
         if len(paths) == 1 and paths[0].suffix != ".onnx":
             with locked(paths[0]):
@@ -163,7 +167,9 @@ def bench(
                 result = bench_bundle(opened, settings, progress)
                 store_report(opened)
         else:
-            result = bench_paths(paths, settings, progress)
+            result, samples = bench_paths(paths, settings, progress)
+            if out is not None:
+                result["samples"] = keep_samples(samples, out.with_suffix(".npz"))
     if out is not None:
         with disk_errors(out):
             write_atomically(out, json.dumps(result, indent=2) + "\n")
@@ -202,6 +208,7 @@ def report(
             store_report(opened)
         screen.out.print(str(opened.path("report.html")), soft_wrap=True, highlight=False, markup=False)
         return
+    make_room(out)
     opened = Bundle.open(bundle)
     text = as_markdown(opened) if form == "md" else render_report(opened)
     if out is None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import screen
-from .bundle import disk_errors, write_atomically
+from .bundle import disk_errors, make_room, write_atomically
 from .config import GateSettings
-from .errors import InputError
+from .errors import InputError, MissingExtraError
 from .flags import Json, settings_command
 
 app = typer.Typer()
@@ -49,6 +50,10 @@ def gate(
 
     if trend is not None and history is None:
         raise InputError("A trend is drawn from a history.", hint="Give --history.")
+    for path, package in ((junit, "junitparser"), (trend, "matplotlib")):
+        if path is not None and find_spec(package) is None:
+            raise MissingExtraError(package, "ci")
+    make_room(junit, out, history, trend)
     with screen.Bars() as bars, bars.stage("gate") as progress:
         verdict = gate_paths(new, settings, progress)
     name = new.name

@@ -179,7 +179,7 @@ def _flops(value: float | None) -> str:
 
 def print_bench(result: dict[str, Any]) -> None:
     """Print one table a cell: each model's latency, its process's peak memory, and its ratio to the baseline."""
-    from .runtime_bench.bench import place_title
+    from .runtime_bench.bench import place_title, sensed_line
 
     noise = {place_title(n): n for n in result["noise"]}
     cells: dict[str, list[dict[str, Any]]] = {}
@@ -202,6 +202,8 @@ def print_bench(result: dict[str, Any]) -> None:
             )
         out.print(table)
         for m in lines:
+            if said := sensed_line(m):
+                out.print(f"{m['model']}: {said}", highlight=False)
             for name, found in (m.get("scenarios") or {}).items():
                 ms = found["latency_ms"]
                 said = f"{m['model']}, {name}: {found['samples_per_second']:.1f} runs/s, median {ms['p50']:.2f} ms,"

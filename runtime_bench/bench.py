@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -18,21 +18,21 @@ import numpy as np
 
 from ..bundle import PRECISIONS, VARIANTS, Bundle, disk_errors
 from ..config import BenchSettings
-from ..errors import InputError
+from ..errors import InputError, MissingExtraError, SystemStateError
 from ..npz import read_npz
 from ..progress import Progress
 from ..runtimes import available_runtimes, onnx_runtimes
 from .isolate import Worker, WorkerError
 from .machine import default_threads, describe_machine
 from .scenarios import check_scenarios
+from .sensors import describe_gpus
 from .stats import noise_floor, ratio_of_medians, summarise_ms, tell_difference
-from .subjects import Subject, bundle_subjects, distinct_names, file_subject
+from .subjects import Subject, bundle_subjects, distinct_names, file_length, file_subject
 from .timing import Samples, take_turns
 
 SCHEMA_VERSION = "2.0"
-CONTROL = "control"  # the second process of the baseline, from which the noise floor is read
+CONTROL = "/control"  # the second process of the baseline, from which the noise floor is read; no file is so named
 BASELINE = "dense"
-FILE_LENGTH = 128  # tokens, where nothing says how long texts are
 _CELL = "deploy_prune.runtime_bench.cells:Cell"
 
 
@@ -53,6 +53,7 @@ class Timed:
     samples: dict[str, Samples]
     described: dict[str, dict[str, Any]]
     failures: dict[str, WorkerError]
+    gpus: list[dict[str, Any]] = field(default_factory=list)  # right after the turns: their clocks at work
 
 
 def bench_bundle(
@@ -72,10 +73,11 @@ def bench_bundle(
 
 def bench_paths(
     paths: Sequence[Path], settings: BenchSettings, progress: Progress = lambda share: None
-) -> dict[str, Any]:
-    """Measure several bundles, or any ONNX files, against the first of them.
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Measure several bundles, or any ONNX files, against the first of them; return what `bench` returns.
 
-    The length is that of the first bundle's budget, or 128. Raises InputError for bundles and files together.
+    The length is that of the first bundle's budget, or 128 tokens for files that take texts. Raises InputError for
+    bundles and files together.
     """
     files = [path for path in paths if path.suffix == ".onnx"]
     if files and len(files) < len(paths):
@@ -84,17 +86,17 @@ def bench_paths(
     if files:
         if settings.models:
             raise InputError("An ONNX file has no variants.", hint="Leave --models out.")
+        subjects = [file_subject(name, path) for name, path in zip(names, files, strict=True)]
         if not settings.seqs:
-            settings = settings.model_copy(update={"seqs": (FILE_LENGTH,)})
+            settings = settings.model_copy(update={"seqs": (max(map(file_length, files)),)})
         if settings.runtimes == BenchSettings().runtimes:
             settings = settings.model_copy(update={"runtimes": ("ort-cpu",)})
-        subjects = [file_subject(name, path) for name, path in zip(names, files, strict=True)]
     else:
         bundles = [Bundle.open(path) for path in paths]
         settings = _at_length(settings, bundles[0])
         models = settings.models or ("sliced",)
         subjects = [s for b, name in zip(bundles, names, strict=True) for s in bundle_subjects(b, models, f"{name}/")]
-    return bench(subjects, settings, progress)[0]
+    return bench(subjects, settings, progress)
 
 
 def _at_length(settings: BenchSettings, bundle: Bundle) -> BenchSettings:
@@ -117,6 +119,8 @@ def without_file(subject: Subject, runtime: str) -> bool:
         subject.open(runtime, None)
     except InputError:
         return True
+    except (SystemStateError, MissingExtraError):  # a machine without it: a failure like those in fp32
+        return False
     return False
 
 
@@ -128,14 +132,14 @@ def bench(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Measure models in every cell of the matrix; return the result and the raw samples by name.
 
-    The baseline of all ratios is the model named "dense", or the first. The turns of a cell take
+    The baseline of all ratios is a bundle's model named "dense", or the first. The turns of a cell take
     `settings.seconds`, or `min_rounds` rounds if those take longer. What fails is listed under "failures" and
     stops nothing else; `leave_out` says of a model and a runtime that nobody asked for the two together. Raises
     InputError for an unknown runtime, or two models of one name.
     """
     _check(subjects, settings)
     names = [s.name for s in subjects]
-    baseline = BASELINE if BASELINE in names else names[0]
+    baseline = BASELINE if BASELINE in names and subjects[0].variant is not None else names[0]
     threads = settings.threads or (default_threads(),)
     result: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -161,7 +165,7 @@ def bench(
             if name != CONTROL:
                 result["failures"].append({**where, "model": name, **error.to_dict()})
         noise = _noise(timed, baseline)
-        result["noise"].append({**where, **noise})
+        result["noise"].append({**where, **noise, "gpus": timed.gpus})
         for subject in (s for s in subjects if s.name in timed.samples):
             what: dict[str, Any] = {"model": subject.name, "variant": subject.variant, "precision": subject.precision}
             what["flops"] = subject.flops(place.batch, place.seq)
@@ -194,6 +198,7 @@ def time_subjects(subjects: Sequence[Subject], place: Place, settings: BenchSett
                     max_seconds=settings.seconds,
                     warmup_seconds=settings.warmup_seconds,
                 )
+                timed.gpus = describe_gpus()
                 break
             except _TurnError as failed:  # this model alone has failed; the others begin anew
                 timed.failures[failed.name] = failed.error
@@ -291,6 +296,13 @@ def _stem(entry: Mapping[str, Any]) -> str:
     return "{runtime}/{batch}x{seq}/t{threads}/{model}".format_map(entry)
 
 
+def keep_samples(samples: Mapping[str, np.ndarray], path: Path) -> str:
+    """Write every run's ns beside a result, as bundles hold them; return the file's name."""
+    with disk_errors(path):
+        np.savez_compressed(path, allow_pickle=False, **samples)
+    return path.name
+
+
 def stored_runs(bundle: Bundle, measurements: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """Read every run's ms of measurements that `latest_bench` gave, by model; those without samples are left out."""
     found = {}
@@ -339,29 +351,39 @@ def _store(bundle: Bundle, result: dict[str, Any], samples: dict[str, np.ndarray
 
 
 def latest_bench(bundle: Bundle) -> dict[str, Any]:
-    """Return the newest measurement of each model in each cell: {"machine", "measurements", "noise", "failures"}.
+    """Return the newest measurement of each model in each cell.
 
-    Newest first, by the manifest's order: a clock may have been set back. The machine is that of the newest result,
-    {} when nothing was measured. A measurement also names its "baseline" and its "samples", the bundle's file of its
-    raw runs. Results of an older schema are left out.
+    As {"machine", "created", "measurements", "noise", "failures"}, newest first, by the manifest's order: a clock may
+    have been set back. All of a cell are against one baseline, the dense model where it was ever measured there: ratios
+    to two baselines do not compare. Machine and date are those of the newest result, {} and "" when nothing was
+    measured. A measurement also names its "baseline", its "samples", the bundle's file of its raw runs, and its "cpu".
+    Results of an older schema are left out.
     """
     names = [n for n in bundle.manifest.files if n.startswith("bench/") and n.endswith(".json")]
     results = [json.loads(bundle.path(name).read_text("utf-8")) for name in names]
     results = [r for r in reversed(results) if r.get("schema_version") == SCHEMA_VERSION]
+    baselines: dict[tuple[Any, ...], str] = {}
+    for result in results:
+        for m in result["measurements"]:
+            if result["baseline"] == BASELINE or _cell(m) not in baselines:
+                baselines[_cell(m)] = result["baseline"]
     merged: dict[tuple[Any, ...], dict[str, Any]] = {}
     noise: dict[tuple[Any, ...], dict[str, Any]] = {}
     failures: list[dict[str, Any]] = []
     for result in results:
         newer = {key[:4] for key in merged} | {_cell(f) for f in failures}
         failures += [f for f in result["failures"] if _cell(f) not in newer]
+        own = {"samples": result.get("samples"), "baseline": result["baseline"], "cpu": result["machine"]["cpu"]}
         for m in result["measurements"]:
-            own = {"samples": result.get("samples"), "baseline": result["baseline"]}
-            merged.setdefault((*_cell(m), m["model"]), m | own)
+            if result["baseline"] == baselines[_cell(m)]:
+                merged.setdefault((*_cell(m), m["model"]), m | own)
         for n in result["noise"]:
-            noise.setdefault(_cell(n), n)
+            if result["baseline"] == baselines.get(_cell(n)):
+                noise.setdefault(_cell(n), n)
     machine = results[0]["machine"] if results else {}
     return {
         "machine": machine,
+        "created": results[0]["created"] if results else "",
         "measurements": list(merged.values()),
         "noise": list(noise.values()),
         "failures": failures,
@@ -372,6 +394,19 @@ def place_title(entry: Mapping[str, Any]) -> str:
     """Say where an entry of a result was measured; convolutional networks have no tokens to speak of."""
     tokens = f", {entry['seq']} tokens" if entry["seq"] > 1 else ""
     return f"{entry['runtime']}, batch {entry['batch']}{tokens}, {entry['threads']} threads"
+
+
+def sensed_line(m: Mapping[str, Any]) -> str:
+    """Say what the hardware told of a measurement's runs: the device's time and memory, energy; "" for no sensor."""
+    said = []
+    if device := m.get("device_ms"):
+        said.append(f"{device['median']:.2f} ms on the device" + (", CUDA graphs" if m.get("cuda_graphs") else ""))
+    if m.get("device_bytes"):
+        said.append(f"{m['device_bytes'] / 1e6:.0f} MB of its memory")
+    for part, key in (("the processor", "cpu_joules_per_run"), ("the GPU", "gpu_joules_per_run")):
+        if m.get(key) is not None:
+            said.append(f"{m[key]:.3g} J a run in {part}")
+    return ", ".join(said)
 
 
 def _cell(entry: dict[str, Any]) -> tuple[Any, ...]:

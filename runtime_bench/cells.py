@@ -7,6 +7,7 @@ import os
 import time
 from typing import Any
 
+from ..runtimes import import_libraries
 from .memory import forget_peak, peak_rss_bytes, rss_bytes
 from .scenarios import run_scenario
 from .sensors import cpu_energy_uj, energy_between, gpu_energy_mj, gpu_memory_bytes
@@ -20,6 +21,7 @@ class Cell:
 
     def __init__(self, *, subject: dict[str, Any], runtime: str, batch: int, seq: int, threads: int | None) -> None:
         model = Subject(**subject)
+        import_libraries(runtime)
         before = rss_bytes()
         self.runner = model.open(runtime, threads).__enter__()
         self.feeds = model.feeds(self.runner, batch, seq)
@@ -39,9 +41,9 @@ class Cell:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Return the provider that computes, whether it replays CUDA graphs, and the memory: of the process before
-        the model was opened, what opening it left resident, what running it adds at its peak, the process's peak, the
-        GPU's, and the file's.
+        """Return the provider that computes, whether it replays CUDA graphs, and the memory: of the process with the
+        runtime's libraries before the model was opened, what opening it left resident, what running it adds at its
+        peak, the process's peak, the GPU's, and the file's.
         """
         return {"provider": self.runner.provider, "cuda_graphs": self.runner.cuda_graphs, **self.memory}
 

@@ -1,8 +1,8 @@
 """Let a release pass or not: latency against a base in the same job, memory, bytes and quality. No torch.
 
 Each session starts the base twice and the new model once, in fresh processes, and runs them in turns. A session
-gives one log ratio of new to base, and one of the base to itself: the A/A control, from which the clock is chosen
-and the noise is judged. `sequential` says when that is enough.
+gives one log ratio of new to base, and one of the base to itself: the A/A control, by which the clock is chosen and
+without which no verdict on time is given. `sequential` says when that is enough.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..config import BenchSettings, GateSettings
-from ..errors import InputError, SystemStateError, VerdictError
+from ..errors import DeployPruneError, InputError, SystemStateError, VerdictError
 from ..progress import Progress
-from .bench import CONTROL, FILE_LENGTH, Place, Timed, check_runtime, time_subjects
+from .bench import Place, Timed, check_runtime, time_subjects
 from .machine import describe_machine
 from .sequential import Estimate, Plan, estimate
-from .subjects import Subject, bundle_subjects, file_subject
+from .subjects import FILE_LENGTH, Subject, bundle_subjects, file_length, file_subject
 
 SCHEMA_VERSION = "1.0"
-BASE, NEW = "base", "new"
+BASE, NEW, CONTROL = "base", "new", "control"
 TRIM = 0.2  # of a session's rounds at either end
 FRESH_SECONDS = 1.0  # of a session that its processes take to start, about
 Clock = Literal["wall", "cpu"]
@@ -55,6 +55,10 @@ class Check:
     limit: float
     text: str
     details: dict[str, Any] = field(default_factory=dict)
+
+
+class BrokenModelError(DeployPruneError):
+    """The new model cannot be run where the base can."""
 
 
 @dataclass
@@ -100,8 +104,8 @@ def judge(
 ) -> Verdict:
     """Measure the new model beside the base in sessions until every limit on time is decided.
 
-    `measure` takes one session of so many seconds (for replays). Raises InputError without a base where a ratio is
-    limited, and SystemStateError when one of the two cannot be run.
+    `measure` takes one session of so many seconds (for replays). A new model that cannot be run is a check that
+    failed. Raises InputError without a base where a ratio is limited, SystemStateError when the base cannot be run.
     """
     plan, begun = plan or Plan(), time.monotonic()
     if base is None and settings.max_memory is not None:
@@ -115,9 +119,24 @@ def judge(
     sessions: list[Session] = []
     clock: Clock | None = None
     found: dict[str, Estimate] = {}
+
+    def verdict(checks: list[Check]) -> Verdict:
+        return Verdict(
+            checks=checks,
+            sessions=sessions,
+            clock=clock,
+            machine=describe_machine(place.threads),
+            place=asdict(place),
+            seconds=time.monotonic() - begun,
+            created=datetime.now(UTC).isoformat(),
+        )
+
     for look in plan.looks if limits or settings.max_memory is not None else ():
         while len(sessions) < look and (left := settings.max_seconds - (time.monotonic() - begun)) > 0:
-            sessions.append(measure(max(left / (plan.sessions - len(sessions)) - FRESH_SECONDS, 0.5)))
+            try:
+                sessions.append(measure(max(left / (plan.sessions - len(sessions)) - FRESH_SECONDS, 0.5)))
+            except BrokenModelError as error:
+                return verdict([Check("runs", "failed", 0.0, 1.0, error.message)])
             progress(len(sessions) / plan.sessions)
         if len(sessions) < 2:
             raise SystemStateError(
@@ -134,17 +153,11 @@ def judge(
         time_check(name, found[name], limit, clock, len(sessions), settings.resolution)
         for name, limit in limits.items()
     ]
+    if "slowdown" in limits and (doubt := doubts(sessions, clock, limits["slowdown"], plan)):
+        checks[0] = replace(checks[0], outcome="too noisy", text=f"{doubt} {checks[0].text}")
     if settings.max_memory is not None:
         checks.append(_memory(sessions, settings.max_memory))
-    return Verdict(
-        checks=checks,
-        sessions=sessions,
-        clock=clock,
-        machine=describe_machine(place.threads),
-        place=asdict(place),
-        seconds=time.monotonic() - begun,
-        created=datetime.now(UTC).isoformat(),
-    )
+    return verdict(checks)
 
 
 def measure_session(new: Subject, base: Subject | None, place: Place, seconds: float) -> Session:
@@ -154,8 +167,12 @@ def measure_session(new: Subject, base: Subject | None, place: Place, seconds: f
         cast += [replace(base, name=name) for name in (BASE, CONTROL)]
     random.shuffle(cast)  # which process starts first shall not always favour the same model
     timed = time_subjects(cast, place, BenchSettings(seconds=seconds, warmup_seconds=1.0, min_rounds=4))
-    for name, failure in timed.failures.items():
-        raise SystemStateError(f"The {'new' if name == NEW else 'base'} model cannot be run: {failure.message}")
+    for name in (BASE, CONTROL, NEW):  # what the base cannot do either is no fault of the new model
+        if (failure := timed.failures.get(name)) is None:
+            continue
+        if name == NEW:
+            raise BrokenModelError(f"The new model cannot be run: {failure.message}")
+        raise SystemStateError(f"The base model cannot be run: {failure.message}")
     return read_session(timed)
 
 
@@ -194,6 +211,18 @@ def choose_clock(sessions: Sequence[Session], asked: Literal["auto", "wall", "cp
     return "wall" if coarse or spread["wall"] <= spread["cpu"] else "cpu"
 
 
+def doubts(sessions: Sequence[Session], clock: Clock | None, limit: float, plan: Plan) -> str:
+    """Say by how much the base surely differs from itself, if by more than the limit; else ""."""
+    if clock is None:
+        return ""
+    limit = max(limit, 1.0)
+    for sign in (1, -1):
+        found = estimate([sign * s.control[clock] for s in sessions], limit, plan)
+        if found.low > limit:
+            return f"This machine is too noisy to tell: two processes of the base differ {found.value:.4g} times."
+    return ""
+
+
 def log_ratios(name: str, sessions: Sequence[Session], clock: Clock | None) -> list[float]:
     """Return what each session says of the new model: the log of its ratio to the base, or of its ms by the wall."""
     if name == "slowdown" and clock is not None:
@@ -206,6 +235,7 @@ def time_check(
 ) -> Check:
     """Say whether the new model is slower than allowed; undecided passes only where the gate could have seen it."""
     unit, needed = ("times" if name == "slowdown" else "ms"), limit * (1 + resolution)
+    seen = f"{found.visible:.4g} would have been seen"
     of_what = f" the base's {clock} time" if name == "slowdown" else ""
     said = f"{found.value:.4g} {unit}{of_what} ({found.low:.4g} to {found.high:.4g}, {sessions} sessions)"
     said += f"; allowed {limit:g}"
@@ -213,12 +243,12 @@ def time_check(
     decision = found.decide(limit)
     if decision is not None:
         outcome = "failed" if decision == "slower" else "passed"
-        text = f"The new model takes {said}."
+        text = f"The new model takes {said}; {seen}."
     elif found.visible <= needed:
-        text = f"Nothing beyond the limit was found: {said}; {found.visible:.4g} would have been seen."
+        text = f"Nothing beyond the limit was found: {said}; {seen}."
     else:
         outcome = "too noisy"
-        text = f"This machine is too noisy to tell: {said}; {found.visible:.4g} would have been seen, not {needed:.4g}."
+        text = f"This machine is too noisy to tell: {said}; {seen}, not {needed:.4g}."
     return Check(name, outcome, found.value, limit, text, asdict(found) | {"clock": clock, "sessions": sessions})
 
 
@@ -234,13 +264,13 @@ def check_bytes(size: int | None, limit: int) -> Check:
     """Compare the size of the file to deploy with its limit. Raises InputError for a runtime that opens no file."""
     if size is None:
         raise InputError("This runtime opens no exported file.", hint="Leave --max-bytes out, or use ort-cpu.")
-    text = f"The file to deploy have {size:,} bytes; allowed {limit:,}."
+    text = f"The file to deploy has {size:,} bytes; allowed {limit:,}."
     return Check("bytes", "failed" if size > limit else "passed", float(size), float(limit), text)
 
 
-def check_quality(new: Bundle, base: Bundle, model: str, limit: float) -> Check:
+def check_quality(new: Bundle, base: Bundle, model: str, runtime: str, limit: float) -> Check:
     """Compare the quality that the two bundles recorded, in points. Raises InputError where one was not measured."""
-    found = [recorded_quality(bundle, model) for bundle in (new, base)]
+    found = [recorded_quality(bundle, model, runtime) for bundle in (new, base)]
     if found[0][0] != found[1][0]:
         raise InputError(
             f"The bundles were scored by {found[0][0]} and by {found[1][0]}.", hint="Use one task for both."
@@ -250,16 +280,17 @@ def check_quality(new: Bundle, base: Bundle, model: str, limit: float) -> Check:
     return Check("quality", "failed" if loss > limit else "passed", loss, limit, text)
 
 
-def recorded_quality(bundle: Bundle, model: str) -> tuple[str, float]:
-    """Return the metric and the value that a bundle holds for a model as "sliced:int8"."""
-    variant, _, precision = model.partition(":")
-    entry: dict[str, Any] = bundle.manifest.quality.get(variant) or {}
-    if precision not in ("", "fp32"):
-        artifacts = [a for a in bundle.manifest.artifacts if a.variant == variant and a.precision == precision]
-        entry = next((a.quality for a in artifacts if a.quality), {})
+def recorded_quality(bundle: Bundle, model: str, runtime: str) -> tuple[str, float]:
+    """Return the metric and the value that a bundle holds for a model as "sliced:int8": of the file that runs."""
+    (subject,) = bundle_subjects(bundle, [model])
+    entry: dict[str, Any] = bundle.manifest.quality.get(str(subject.variant)) or {}
+    if subject.precision != "fp32":
+        path = getattr(subject.open(runtime, None), "path", None)
+        files = {bundle.path(a.path): a.quality for a in bundle.manifest.artifacts}
+        entry = files.get(path) or {}
     if entry.get("value") is None:
         raise InputError(
-            f"The bundle {bundle.root} holds no measured quality of {model}.",
+            f"The bundle {bundle.root} holds no measured quality of {model} in {runtime}.",
             hint="Make it with labelled evaluation data, or leave --max-quality-loss out.",
         )
     return str(entry["metric"]), float(entry["value"])
@@ -280,7 +311,7 @@ def gate_paths(new: Path, settings: GateSettings, progress: Progress = lambda sh
             raise InputError("An ONNX file records no quality.", hint="Gate bundles, or leave --max-quality-loss out.")
         check_runtime(settings.runtime, files=True)
         subjects = [file_subject(path.stem, path) for path in (new, base) if path is not None]
-        place = _place(settings, FILE_LENGTH)
+        place = _place(settings, max(file_length(path) for path in (new, base) if path is not None))
         quality = None
     else:
         check_runtime(settings.runtime, files=False)
@@ -291,7 +322,8 @@ def gate_paths(new: Path, settings: GateSettings, progress: Progress = lambda sh
         if settings.max_quality_loss is not None:
             if base is None:
                 raise InputError("--max-quality-loss compares with a base.", hint="Give --base.")
-            quality = check_quality(bundles[0], bundles[1], settings.model, settings.max_quality_loss)
+            limit = settings.max_quality_loss
+            quality = check_quality(bundles[0], bundles[1], settings.model, settings.runtime, limit)
     size = None
     if settings.max_bytes is not None:
         size = check_bytes(subjects[0].open(place.runtime, place.threads).file_bytes(), settings.max_bytes)

@@ -52,8 +52,12 @@ def github_annotations(verdict: Verdict, name: str) -> Iterator[str]:
     for check in verdict.checks:
         if check.outcome != "passed":
             level = "error" if check.outcome == "failed" else "warning"
-            text = check.text.replace("%", "%25").replace("\n", "%0A")
-            yield f"::{level} title=Latency gate {name}, {check.name}::{text}"
+            title = _escaped(f"Latency gate {name}, {check.name}").replace(":", "%3A").replace(",", "%2C")
+            yield f"::{level} title={title}::{_escaped(check.text)}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
 def append_history(verdict: Verdict, name: str, path: Path) -> None:

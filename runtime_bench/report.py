@@ -13,7 +13,7 @@ from ..bundle import VARIANTS, Bundle, disk_errors, sha256_file, write_atomicall
 from ..lengths import kept_line, lengths_line
 from ..signature import Signature
 from . import figures
-from .bench import latest_bench, place_title, stored_runs
+from .bench import BASELINE, latest_bench, place_title, sensed_line, stored_runs
 
 REPORT = "report.html"
 TEXTS = Signature(("input_ids",))  # what a model takes that says nothing of it
@@ -23,9 +23,9 @@ def summary_rows(bundle: Bundle) -> list[dict[str, Any]]:
     """Return one row per variant: costs, speed and memory per runtime, quality and fidelity.
 
     Keys: variant, flops, encoder_flops, params, weight_bytes, keep_flops (share of the dense encoder's),
-    runtimes [{runtime, provider, batch, seq, threads, median_ms, p95_ms, ratio {value, low, high},
-    cpu_ratio {...}, peak_rss_bytes}], metric, value, n, agreement, kl (nats), rmse, cosine. What was
-    not measured is None.
+    runtimes [{runtime, provider, batch, seq, threads, median_ms, p95_ms, ratio to dense {value, low, high},
+    cpu_ratio {...}, difference, peak_rss_bytes}], metric, value, n, agreement, kl (nats), rmse, cosine.
+    What was not measured is None.
     """
     manifest = bundle.manifest
     measured = latest_bench(bundle)["measurements"]
@@ -62,9 +62,7 @@ def _speed(m: dict[str, Any]) -> dict[str, Any]:
         **{key: m[key] for key in ("runtime", "provider", "batch", "seq", "threads")},
         "median_ms": m["latency_ms"]["median"],
         "p95_ms": m["latency_ms"]["p95"],
-        "ratio": m["ratio"],
-        "cpu_ratio": m["cpu_ratio"],
-        "difference": m["difference"],
+        **{key: m[key] if m["baseline"] == BASELINE else None for key in ("ratio", "cpu_ratio", "difference")},
         "peak_rss_bytes": m["peak_rss_bytes"],
     }
 
@@ -113,7 +111,9 @@ def render_report(bundle: Bundle) -> str:
     }
     drawn |= {f"cell-{i}": figures.time_shares(cell["runs"]) for i, cell in enumerate(cells) if cell["runs"]}
     drawn = {name: figure for name, figure in drawn.items() if figure is not None}
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template(
+        "report.html.j2"
+    ).render(
         artifact_bytes=bundle.artifact_bytes,
         manifest=bundle.manifest,
         headline=headline(bundle, rows),
@@ -125,7 +125,10 @@ def render_report(bundle: Bundle) -> str:
         plotly=Markup(figures.script()) if drawn else "",  # nosec B704
         stages=[stage.model_dump() for stage in bundle.manifest.stages],
         machine=bench["machine"],
+        created=bench["created"][:10],
         cells=cells,
+        sensed=sensed_line,
+        provenance=_provenance(bundle),
         failures=bench["failures"],
         task=bundle.manifest.task.get("name", "unnamed"),
         declined=_declined,
@@ -134,12 +137,13 @@ def render_report(bundle: Bundle) -> str:
 
 
 def _cells(bundle: Bundle, bench: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Group the measurements by cell: {"title", "floor" (of the noise, or None), "models", "runs" (ms by model)}."""
+    """Group the measurements by cell: {"title", "floor" (of noise, or None), "cpu", "models", "runs" (ms by model)}."""
     noise = {place_title(n): n["floor"] for n in bench["noise"]}
     found: dict[str, dict[str, Any]] = {}
     for m in bench["measurements"]:
         title = place_title(m)
-        found.setdefault(title, {"title": title, "floor": noise.get(title), "models": []})["models"].append(m)
+        cell = {"title": title, "floor": noise.get(title), "cpu": m["cpu"], "models": []}
+        found.setdefault(title, cell)["models"].append(m)
     for cell in found.values():
         cell["runs"] = stored_runs(bundle, cell["models"])
     return list(found.values())
@@ -161,8 +165,7 @@ def as_markdown(bundle: Bundle) -> str:
     lines += _table(
         ["", *(row["variant"] for row in rows)], [[_labelled(x), *x["cells"]] for x in _lines(rows, _signature(bundle))]
     )
-    measured = [m for m in bench["measurements"] if m["difference"] is not None]
-    if measured:
+    if bench["measurements"]:
         said = {"none": "no difference"}
         lines += ["", "<details><summary>Every measurement</summary>", ""]
         lines += _table(
@@ -172,11 +175,11 @@ def as_markdown(bundle: Bundle) -> str:
                     place_title(m),
                     m["model"],
                     *(f"{m['latency_ms'][key]:.2f}" for key in ("median", "p95")),
-                    show_ratio(m["ratio"]),
-                    said.get(m["difference"], m["difference"]),
+                    show_ratio(m["ratio"]) if m["ratio"] else "–",
+                    said.get(m["difference"], m["difference"] or ""),
                     show_bytes(m["peak_rss_bytes"]),
                 ]
-                for m in measured
+                for m in bench["measurements"]
             ],
         )
         lines += ["", "</details>"]
@@ -305,6 +308,22 @@ def _lines(rows: list[dict[str, Any]], signature: Signature = TEXTS) -> list[dic
     add("Parameters", "", lambda r: r["params"], show_count)
     add("Weights", "in fp32", lambda r: r["weight_bytes"], show_bytes)
     return lines
+
+
+def _provenance(bundle: Bundle) -> list[tuple[str, str]]:
+    """Return what the bundle was made of: model, settings that are not off, software, and the plan's hash."""
+    manifest = bundle.manifest
+    lines = {
+        "Model": ", sha256 ".join(str(manifest.model[key]) for key in ("source", "sha256") if manifest.model.get(key)),
+        "Settings": ", ".join(f"{k} {_shown(v)}" for k, v in manifest.recipe.items() if v not in (None, False, "", [])),
+        "Software": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+        "Plan": str(manifest.plan.get("hash", "none")),
+    }
+    return [(name, text) for name, text in lines.items() if text]
+
+
+def _shown(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _inside(get: Callable[[dict[str, Any]], dict[str, Any] | None], key: str) -> Callable[[dict[str, Any]], Any]:

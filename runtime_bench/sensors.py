@@ -5,6 +5,7 @@ What cannot be read is None: containers hide RAPL, machines without a driver hav
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,15 +49,20 @@ def _nvml() -> Any:
         return None
 
 
+def _told(ask: Callable[..., Any], *of_what: Any) -> Any:
+    """Return what a GPU answers, or None where it does not support the question (laptops, virtual GPUs)."""
+    try:
+        return ask(*of_what)
+    except _nvml().NVMLError:
+        return None
+
+
 def gpu_energy_mj(index: int = 0) -> int | None:
     """Return a GPU's energy counter in millijoules, or None."""
     nvml = _nvml()
     if nvml is None:
         return None
-    try:
-        return int(nvml.nvmlDeviceGetTotalEnergyConsumption(nvml.nvmlDeviceGetHandleByIndex(index)))
-    except nvml.NVMLError:
-        return None
+    return _told(nvml.nvmlDeviceGetTotalEnergyConsumption, nvml.nvmlDeviceGetHandleByIndex(index))
 
 
 def gpu_memory_bytes(pid: int, index: int = 0) -> int | None:
@@ -64,27 +70,28 @@ def gpu_memory_bytes(pid: int, index: int = 0) -> int | None:
     nvml = _nvml()
     if nvml is None:
         return None
-    processes = nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByIndex(index))
-    return next((p.usedGpuMemory for p in processes if p.pid == pid), None)
+    processes = _told(nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetHandleByIndex(index))
+    return next((p.usedGpuMemory for p in processes or () if p.pid == pid), None)
 
 
 def describe_gpus() -> list[dict[str, Any]]:
-    """Return name, driver, memory, clocks, temperature and power limit of every GPU."""
+    """Return name, driver, memory, clocks, temperature and power limit of every GPU; what one does not tell is None."""
     nvml = _nvml()
     if nvml is None:
         return []
     found = []
     for index in range(nvml.nvmlDeviceGetCount()):
         gpu = nvml.nvmlDeviceGetHandleByIndex(index)
+        memory, limit = _told(nvml.nvmlDeviceGetMemoryInfo, gpu), _told(nvml.nvmlDeviceGetPowerManagementLimit, gpu)
         found.append(
             {
                 "name": nvml.nvmlDeviceGetName(gpu),
                 "driver": nvml.nvmlSystemGetDriverVersion(),
-                "memory_bytes": int(nvml.nvmlDeviceGetMemoryInfo(gpu).total),
-                "sm_clock_mhz": nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
-                "memory_clock_mhz": nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
-                "temperature_c": nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
-                "power_limit_w": nvml.nvmlDeviceGetPowerManagementLimit(gpu) / 1000,
+                "memory_bytes": None if memory is None else int(memory.total),
+                "sm_clock_mhz": _told(nvml.nvmlDeviceGetClockInfo, gpu, nvml.NVML_CLOCK_SM),
+                "memory_clock_mhz": _told(nvml.nvmlDeviceGetClockInfo, gpu, nvml.NVML_CLOCK_MEM),
+                "temperature_c": _told(nvml.nvmlDeviceGetTemperature, gpu, nvml.NVML_TEMPERATURE_GPU),
+                "power_limit_w": None if limit is None else limit / 1000,
             }
         )
     return found

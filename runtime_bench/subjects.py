@@ -16,6 +16,7 @@ from ..runtimes import Runner, open_onnx, open_runner
 from ..signature import Signature
 
 SEED = 0  # of the token ids
+FILE_LENGTH = 128  # tokens, where nothing says how long texts are
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _VOCABULARY = 1000  # token ids below this suit a file that does not say how many it knows
 
@@ -122,8 +123,12 @@ def file_feeds(rows: Mapping[str, int], runner: Runner, batch: int, seq: int) ->
     """Return inputs for an ONNX file that says nothing of its vocabulary.
 
     A free first axis is the batch, any other free axis the sequence. Inputs named as tokenizers name them hold token
-    ids below the rows of the table that they are looked up in; other integers are 0, floats are normal.
+    ids below the rows of the table that they are looked up in; other integers are 0, floats are normal. Raises
+    InputError for a file that is fixed to another shape.
     """
+    firsts = [spec.shape[0] for spec in runner.inputs if len(spec.shape) > 1]
+    if firsts and batch not in firsts and all(isinstance(first, int) for first in firsts):
+        raise InputError(f"This file is fixed to batches of {firsts[0]}.", hint="Bench it at that batch.")
     feeds = {}
     for spec in runner.inputs:
         shape = _filled(spec.shape, batch, seq)
@@ -137,6 +142,15 @@ def file_feeds(rows: Mapping[str, int], runner: Runner, batch: int, seq: int) ->
         else:
             feeds[spec.name] = np.zeros(shape, spec.dtype)
     return feeds
+
+
+def file_length(path: Path) -> int:
+    """Return the length to run an ONNX file at by default: 128 tokens, or 1 for one that takes no texts."""
+    from .flops import input_axes
+
+    axes = input_axes(path)
+    free = any(not isinstance(axis, int) for own in axes.values() for axis in own[1:])
+    return FILE_LENGTH if free or set(axes) & set(_TOKEN_INPUTS) else 1
 
 
 def _filled(axes: Sequence[int | str | None], batch: int, seq: int) -> tuple[int, ...]:

@@ -13,10 +13,12 @@ import pytest
 from bundles_tiny import exported_bundle
 
 from deploy_prune.bundle import VARIANTS, Bundle
+from deploy_prune.cli import invoke
 from deploy_prune.config import BenchSettings, load_settings
 from deploy_prune.errors import InputError
 from deploy_prune.export import Options, export_bundle
 from deploy_prune.runtime_bench.bench import bench_bundle, bench_paths, latest_bench, stored_runs
+from deploy_prune.runtime_bench.report import summary_rows
 from deploy_prune.runtime_bench.subjects import bundle_feeds, distinct_names, file_feeds, file_subject
 from deploy_prune.runtimes import open_onnx, open_runner
 
@@ -66,7 +68,7 @@ def test_both_runtimes_measure_every_variant(bundle: Bundle) -> None:
         assert np.median(wall) / 1e6 == pytest.approx(result["measurements"][2]["latency_ms"]["median"])  # to an ulp
         assert rounds[0] == 0
         assert rounds[-1] + 1 == result["measurements"][2]["rounds"]
-        assert "ort-cpu/1x12/t1/control/cpu_ns" in samples
+        assert "ort-cpu/1x12/t1//control/cpu_ns" in samples
     Bundle.open(bundle.root)
 
 
@@ -104,7 +106,7 @@ def test_the_same_settings_replace_and_others_are_merged(bundle: Bundle) -> None
     assert len(list((bundle.root / "bench").iterdir())) == 4
     merged = latest_bench(bundle)
     assert [m["seq"] for m in merged["measurements"]] == [4, 9]
-    where = {"samples": last["samples"], "baseline": "sliced"}
+    where = {"samples": last["samples"], "baseline": "sliced", "cpu": last["machine"]["cpu"]}
     assert merged["measurements"][0] == last["measurements"][0] | where
     assert merged["measurements"][0]["flops"] > 0
     runs = stored_runs(bundle, merged["measurements"][:1])["sliced"]
@@ -151,7 +153,8 @@ def test_the_matrix_of_the_recipes_is_valid_and_flags_override_it() -> None:
 def test_bundles_are_compared_with_the_first(bundle: Bundle, tmp_path: Path) -> None:
     other = tmp_path / "other" / bundle.root.name
     shutil.copytree(bundle.root, other)
-    result = bench_paths([bundle.root, other], BenchSettings(**QUICK, runtimes=("ort-cpu",)))
+    result, samples = bench_paths([bundle.root, other], BenchSettings(**QUICK, runtimes=("ort-cpu",)))
+    assert f"ort-cpu/1x12/t1/{bundle.root.parent.name}/{bundle.root.name}/sliced/wall_ns" in samples
     names = [f"{path.parent.name}/{path.name}/sliced" for path in (bundle.root, other)]
     assert [m["model"] for m in result["measurements"]] == names
     assert result["baseline"] == names[0]
@@ -180,7 +183,7 @@ def test_any_onnx_files_are_compared(tmp_path: Path) -> None:
         path = tmp_path / f"rows{rows}.onnx"
         save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
         paths.append(path)
-    result = bench_paths(paths, BenchSettings(**QUICK))
+    result, _ = bench_paths(paths, BenchSettings(**QUICK))
     assert result["failures"] == []
     assert [(m["runtime"], m["model"], m["seq"]) for m in result["measurements"]] == [
         ("ort-cpu", "rows7", 128),
@@ -217,9 +220,92 @@ def test_a_file_of_a_fixed_shape_is_measured_at_that_shape_alone(bundle: Bundle)
     """It was once run at its own shape and listed under the one asked for."""
     (fixed,) = export_bundle(bundle, variants=["sliced"], options=Options(shape=(1, 9))).artifacts
     path = bundle.path(fixed.path)
-    result = bench_paths([path], BenchSettings(**QUICK, seqs=(9, 12)))
+    result, _ = bench_paths([path], BenchSettings(**QUICK, seqs=(9, 12)))
     assert [m["seq"] for m in result["measurements"]] == [9]
     assert [f["reason"] for f in result["failures"]] == ["This file is fixed to 1x9."]
+
+
+def picture_file(path: Path, batch: int | str) -> Path:
+    """Write a network of images that this project did not make."""
+    from onnx import TensorProto, helper, save_model
+
+    shape = [batch, 3, 4, 4]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("pixels", "out")]
+    graph = helper.make_graph([helper.make_node("Relu", ["pixels"], ["out"])], "foreign", values[:1], values[1:])
+    save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    return path
+
+
+def test_a_file_of_a_fixed_batch_is_measured_at_that_batch_alone(tmp_path: Path) -> None:
+    """It once ran at its own batch under the one asked for, with that many times its true rows a second."""
+    result, _ = bench_paths([picture_file(tmp_path / "one.onnx", 1)], BenchSettings(**QUICK, batches=(1, 8)))
+    assert [(m["batch"], m["seq"]) for m in result["measurements"]] == [(1, 1)]  # and no tokens in its title
+    assert [f["reason"] for f in result["failures"]] == ["This file is fixed to batches of 1."]
+
+
+def test_files_named_as_the_control_and_as_a_variant_are_measured(tmp_path: Path) -> None:
+    paths = [picture_file(tmp_path / f"{name}.onnx", "n") for name in ("a", "control", "dense")]
+    result, samples = bench_paths(paths, BenchSettings(**QUICK))
+    assert [m["model"] for m in result["measurements"]] == ["a", "control", "dense"]
+    assert result["baseline"] == "a"
+    times = [samples[f"ort-cpu/1x1/t{QUICK['threads'][0]}/{name}/wall_ns"].tolist() for name in ("control", "/control")]
+    assert times[0] != times[1]
+
+
+def test_every_run_of_files_is_kept_beside_the_result(tmp_path: Path) -> None:
+    path, out = picture_file(tmp_path / "a.onnx", "n"), tmp_path / "new" / "r.json"
+    assert invoke(["bench", str(path), "--seconds", "0.1", "--min-rounds", "2", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["samples"] == "r.npz"
+    with np.load(out.with_name("r.npz"), allow_pickle=False) as samples:
+        threads = result["measurements"][0]["threads"]
+        assert len(samples[f"ort-cpu/1x1/t{threads}/a/wall_ns"]) == result["measurements"][0]["runs"]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_measuring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = picture_file(tmp_path / "a.onnx", "n")
+    monkeypatch.setattr("deploy_prune.runtime_bench.bench.bench", lambda *_: pytest.fail("it measured"))
+    for out, words in ((tmp_path, "is a folder"), (path / "x.json", "a.onnx is a file")):
+        assert invoke(["bench", str(path), "--out", str(out)]) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_weights_beside_a_file_count_in_its_size(tmp_path: Path) -> None:
+    """Whatever they are called: optimum writes model.onnx_data."""
+    import onnx
+
+    path = picture_file(tmp_path / "model.onnx", "n")
+    proto = onnx.load(path)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(5000, np.float32), "unused"))
+    onnx.save_model(proto, path, save_as_external_data=True, location="model.onnx_data", size_threshold=0)
+    assert open_onnx(path).file_bytes() == path.stat().st_size + 20_000
+
+
+def test_a_runtime_without_its_machine_fails_alone(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a file in lower precision in the bundle it once ended the bench, and nothing was stored."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    export_bundle(bundle, precisions=["fp16"], variants=["sliced"]).check()
+    bundle.commit()
+    result = quick(bundle, runtimes=("ort-cpu", "torch-cuda"))
+    assert {m["runtime"] for m in result["measurements"]} == {"ort-cpu"}
+    failed = [(f["runtime"], f["model"]) for f in result["failures"]]
+    assert failed == [("torch-cuda", m) for m in (*VARIANTS, "sliced:fp16")]
+
+
+def test_ratios_to_two_baselines_are_not_mixed(bundle: Bundle) -> None:
+    """The report once called a ratio to sliced one to dense."""
+    whole = quick(bundle, runtimes=("ort-cpu",))
+    quick(bundle, runtimes=("ort-cpu",), models=("sliced", "virtual"))
+    quick(bundle, runtimes=("ort-cpu",), models=("sliced",), seqs=(7,))
+    bundle.commit()
+    merged = {(m["seq"], m["model"]): m for m in latest_bench(bundle)["measurements"]}
+    assert set(merged) == {(12, v) for v in VARIANTS} | {(7, "sliced")}
+    assert merged[12, "sliced"]["ratio"] == whole["measurements"][2]["ratio"]
+    assert {m["baseline"] for (seq, _), m in merged.items() if seq == 12} == {"dense"}
+    (row,) = [r for r in summary_rows(bundle) if r["variant"] == "sliced"]
+    assert [(s["seq"], s["ratio"] is None) for s in row["runtimes"]] == [(7, True)]  # the newest shape's
 
 
 def test_bad_settings_are_refused_before_anything_runs(bundle: Bundle, tmp_path: Path) -> None:

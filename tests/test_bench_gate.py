@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import onnx
 import pytest
+import yaml
 from bundles_tiny import exported_bundle
 
 from deploy_prune.bundle import Bundle
 from deploy_prune.cli import invoke
 from deploy_prune.config import GateSettings
 from deploy_prune.errors import InputError, SystemStateError, VerdictError
+from deploy_prune.export import export_bundle
 from deploy_prune.runtime_bench.bench import Place, Timed
-from deploy_prune.runtime_bench.gate import Session, Verdict, choose_clock, gate_paths, judge, read_session
+from deploy_prune.runtime_bench.gate import (
+    Session,
+    Verdict,
+    choose_clock,
+    gate_paths,
+    judge,
+    read_session,
+    recorded_quality,
+)
 from deploy_prune.runtime_bench.gate_report import (
     append_history,
     as_markdown,
@@ -192,7 +207,7 @@ def test_what_ci_reads(tmp_path: Path) -> None:
     assert "model: **failed**" in text
     assert "| slowdown | **failed** | The new model takes 1.09" in text
     (line,) = github_annotations(verdict, "model")
-    assert line.startswith("::error title=Latency gate model, slowdown::The new model takes")
+    assert line.startswith("::error title=Latency gate model%2C slowdown::The new model takes")  # a comma ends a title
     assert [a.split()[0] for a in github_annotations(noisy, "m")] == ["::warning"]
     for found in (verdict, noisy, judged(sessions(1.0, 0.003))):
         append_history(found, "model", tmp_path / "history.jsonl")
@@ -215,6 +230,49 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     }
     bundle.commit()
     return bundle
+
+
+def test_a_base_that_differs_from_itself_gives_no_verdict() -> None:
+    """The A/A check: two processes of one model that surely differ by more than is allowed."""
+    measure = sessions(1.5, 0.003)
+
+    def biased(seconds: float) -> Session:
+        session = measure(seconds)
+        return replace(session, control={clock: value - 0.1 for clock, value in session.control.items()})
+
+    verdict = judged(biased)
+    assert verdict.outcome == "too noisy"
+    assert "two processes of the base differ 1.1" in verdict.checks[0].text
+    assert judged(biased, max_slowdown=1.2).outcome == "failed"  # by less than is allowed: no matter
+
+
+def test_a_new_model_that_cannot_be_run_fails_and_the_base_does_not(bundle: Bundle, tmp_path: Path) -> None:
+    """It once was exit 4, as a noisy machine is, and no report was written."""
+    good = bundle.path(next(a.path for a in bundle.manifest.artifacts if a.variant == "sliced"))
+    bad = tmp_path / "bad.onnx"
+    proto = onnx.load(good)
+    proto.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(proto, bad)
+    junit = tmp_path / "g.xml"
+    flags = ["--seq", "12", "--max-seconds", "20", "--junit", str(junit)]
+    assert invoke(["gate", str(bad), "--base", str(good), *flags]) == 1
+    assert "cannot be run" in junit.read_text()
+    junit.unlink()
+    assert invoke(["gate", str(good), "--base", str(bad), *flags]) == 4
+    assert not junit.exists()
+    long = ["--seq", "9999", "--max-seconds", "20"]
+    assert invoke(["gate", str(bundle.root), "--base", str(bundle.root), *long]) == 4  # neither can
+
+
+def test_the_quality_is_that_of_the_file_that_is_timed(tmp_path: Path) -> None:
+    """It once was that of the first file in the precision, whatever opened it."""
+    bundle = exported_bundle(tmp_path)
+    export_bundle(bundle, formats=["onnx", "openvino"], precisions=["int8"], variants=["sliced"]).check()
+    for artifact in bundle.manifest.artifacts:
+        artifact.quality = {"metric": "accuracy", "value": {"onnx": 0.8, "openvino": 0.7}[artifact.format]}
+    bundle.commit()
+    assert recorded_quality(bundle, "sliced:int8", "ort-cpu") == ("accuracy", 0.8)
+    assert recorded_quality(bundle, "sliced:int8", "openvino") == ("accuracy", 0.7)
 
 
 def test_a_file_is_never_slower_than_itself_and_a_slower_one_fails(bundle: Bundle, tmp_path: Path) -> None:
@@ -277,19 +335,53 @@ def test_make_regress(bundle: Bundle) -> None:
     assert "make regress BASE=" in without.stdout
 
 
+def test_what_cannot_be_written_is_told_before_measuring(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy_prune.runtime_bench.gate.judge", lambda *_: pytest.fail("it measured"))
+    monkeypatch.setattr("deploy_prune.cli_gate.find_spec", lambda package: None)
+    assert invoke(["gate", str(bundle.root), "--max-bytes", "9", "--junit", str(tmp_path / "g.xml")]) == 3
+    assert "'junitparser', which is not installed" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_workflow_gates_two_artifacts(bundle: Bundle, tmp_path: Path) -> None:
+    """Run the commands of latency.yml as its runner would, installation and artifacts apart."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "latency.yml").read_text())
+    inputs = workflow[True]["workflow_call"]["inputs"]  # YAML reads "on" as a truth value
+    (job,) = workflow["jobs"].values()
+    used = set(re.findall(r"inputs\.(\w+)", json.dumps(job)))
+    assert used == set(inputs)
+    for folder in ("new/model", "base"):
+        shutil.copytree(bundle.root, tmp_path / folder)
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    flags = "--max-seconds 60 --max-slowdown 5"
+    env = os.environ | {"NAME": "model", "FLAGS": flags, "GITHUB_STEP_SUMMARY": str(tmp_path / "s.md"), "PATH": tools}
+    commands = [step["run"] for step in job["steps"] if "run" in step and "pip install" not in step["run"]]
+    for command in commands:
+        shell = ["bash", "-ec", command]
+        done = subprocess.run(shell, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert "Latency gate, model: passed" in (tmp_path / "s.md").read_text()
+    uploaded = [step["with"]["path"] for step in job["steps"] if "upload-artifact" in step.get("uses", "")]
+    written = {"junit.xml", "verdict.json", "history.jsonl", "trend.svg"}
+    assert uploaded == ["gate"]
+    assert {p.name for p in (tmp_path / "gate").iterdir()} == written
+
+
 def test_bad_settings_are_refused(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = str(bundle.root)
-    onnx = str(bundle.path(bundle.manifest.artifacts[0].path))
+    file = str(bundle.path(bundle.manifest.artifacts[0].path))
     for arguments, words in (
         ([root], "Nothing to check"),
-        ([root, "--base", onnx], "cannot be compared"),
-        ([onnx, "--base", onnx, "--max-quality-loss", "1"], "records no quality"),
-        ([onnx, "--max-latency-ms", "9", "--runtime", "torch"], "No runtime 'torch'"),
+        ([root, "--base", file], "cannot be compared"),
+        ([file, "--base", file, "--max-quality-loss", "1"], "records no quality"),
+        ([file, "--max-latency-ms", "9", "--runtime", "torch"], "No runtime 'torch'"),
         ([root, "--base", root, "--model", "half"], "No variant 'half'"),
         ([root, "--max-bytes", "9", "--max-quality-loss", "1"], "compares with a base"),
         ([root, "--base", root, "--model", "virtual", "--max-quality-loss", "1"], "no measured quality of virtual"),
         ([root, "--max-bytes", "9", "--runtime", "torch"], "opens no exported file"),
         ([root, "--max-bytes", "9", "--trend", "t.svg"], "drawn from a history"),
+        ([root, "--max-bytes", "9", "--junit", str(tmp_path)], "is a folder"),
         ([str(tmp_path / "none.onnx"), "--max-bytes", "9"], "No ONNX file"),
         ([root, "--max-bytes", "-1"], "max_bytes = '-1'"),
     ):

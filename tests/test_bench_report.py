@@ -27,7 +27,9 @@ from deploy_prune.runtime_bench.report import (
 from deploy_prune.runtime_bench.stats import tell_difference
 
 
-def add_bench(bundle: Bundle, ratio: dict[str, float], *, created: str = "2026-01-01", seq: int = 12) -> None:
+def add_bench(
+    bundle: Bundle, ratio: dict[str, float], *, created: str = "2026-01-01", seq: int = 12, cpu: str = "A & B"
+) -> None:
     cell = {"runtime": "ort-cpu", "batch": 1, "seq": seq, "threads": 2, "provider": "CPUExecutionProvider"}
     speeds = {"dense": (10.0, {"value": 1.0, "low": 1.0, "high": 1.0}), "sliced": (5.0, ratio)}
     measurements = [
@@ -50,7 +52,13 @@ def add_bench(bundle: Bundle, ratio: dict[str, float], *, created: str = "2026-0
         for variant, (ms, r) in speeds.items()
     ]
     failure = {**cell, "model": "virtual", "kind": "InputError", "reason": "<broken> file"}
-    machine = {"cpu": "A & B", "usable_cores": 2, "logical_cores": 4, "threads": 2, "load_1min": 0.5}
+    measurements[1] |= {
+        "device_ms": {"median": 7.5},
+        "cuda_graphs": True,
+        "device_bytes": 2e9,
+        "gpu_joules_per_run": 0.25,
+    }
+    machine = {"cpu": cpu, "usable_cores": 2, "logical_cores": 4, "threads": 2, "load_1min": 0.5}
     machine |= {"cpu_flags": ["avx2"], "governor": None, "busy": [{"name": "cc1", "percent": 99.0}], "gpus": []}
     machine |= {"memory_bytes": 8e9, "os": "Linux", "python": "3.11", "versions": {"numpy": "2.0"}}
     result = {"schema_version": SCHEMA_VERSION, "created": created, "machine": machine, "baseline": "dense"}
@@ -175,8 +183,23 @@ def test_page_is_whole_self_contained_and_escaped(bundle: Bundle) -> None:
         "cc1 used 99% of a core",
         bundle.manifest.plan["hash"],
         "passed, largest difference",
+        "2026-01-01: A & B",
+        "7.50 ms on the device, CUDA graphs, 2000 MB of its memory, 0.25 J a run in the GPU",
     ):
         assert words in page.text
+
+
+def test_a_page_says_how_its_bundle_was_made_and_where_each_cell_was_measured(bundle: Bundle) -> None:
+    bundle.manifest.model |= {"source": "org/model", "sha256": "ab12"}
+    bundle.manifest.recipe = {"seed": 7, "formats": ["onnx", "pt2"], "samples": 512, "profile": None}
+    bundle.manifest.versions = {"torch": "2.13.0"}
+    add_bench(bundle, FASTER, seq=99, cpu="C & D")
+    add_bench(bundle, FASTER)
+    text = Page(render_report(bundle)).text
+    for words in ("org/model, sha256 ab12", "seed 7, formats onnx+pt2, samples 512", "torch 2.13.0"):
+        assert words in text
+    assert "profile" not in text.split("How it was made")[1]
+    assert text.count("C & D") == 1  # beside the cell that the newest machine did not measure
 
 
 def test_page_of_a_bare_bundle_has_no_empty_sections(bundle: Bundle) -> None:
@@ -198,6 +221,7 @@ def test_markdown_says_what_the_page_says(bundle: Bundle) -> None:
         "| ort-cpu, batch 1, 12 tokens, 2 threads | sliced | 5.00 | 5.50 | 0.50 (0.45 to 0.55) | faster | 123.0 MB |"
         in rows
     )
+    assert "| ort-cpu, batch 1, 12 tokens, 2 threads | dense | 10.00 | 11.00 | 1.00 |  | 123.0 MB |" in rows
     assert "\n\n- not measured: ort-cpu, batch 1, 12 tokens, 2 threads, virtual: <broken> file\n" in text
     assert len({line.count(" | ") for line in rows[:4] if "---" not in line}) == 1  # as many cells in every row
 

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,6 +169,31 @@ def test_peak_memory_is_this_process_alone() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True"] * 4 if sys.platform == "linux" else done.stdout.startswith("True")
     assert rss_bytes() > 0
+
+
+class PartlyDumb:
+    """A driver of a GPU that tells its name and memory, and not its power or processes, as virtual ones do."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+
+    class NVMLError(Exception):
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        def answer(*_: Any) -> Any:
+            if name in ("nvmlDeviceGetPowerManagementLimit", "nvmlDeviceGetComputeRunningProcesses"):
+                raise self.NVMLError("Not Supported")
+            return SimpleNamespace(total=8 << 30) if name == "nvmlDeviceGetMemoryInfo" else 1
+
+        return answer
+
+
+def test_what_a_gpu_does_not_tell_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensors, "_nvml", PartlyDumb)
+    (gpu,) = sensors.describe_gpus()
+    assert (gpu["memory_bytes"], gpu["power_limit_w"], gpu["sm_clock_mhz"]) == (8 << 30, None, 1)
+    assert sensors.gpu_memory_bytes(1) is None
+    assert sensors.gpu_energy_mj() == 1
 
 
 def test_energy_counters_wrap_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

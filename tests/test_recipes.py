@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shutil
 import sys
 import tarfile
 from dataclasses import replace
@@ -72,6 +74,19 @@ def test_shapes_are_made_measured_and_shown(tmp_path: Path, capsys: pytest.Captu
     assert [row.split(" | ")[1] for row in rows[2:]] == ["1 x 8", "2 x 8"]
     shapes.profile(tmp_path / "bundles", batch=1, seq=8, threads=1)
     assert "| all | " in capsys.readouterr().out
+
+
+def test_the_tables_of_the_results_are_those_of_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tables
+
+    shutil.copytree(tables.DOCS, tmp_path / "docs")
+    page = tmp_path / "docs" / "results.md"
+    committed = page.read_text()
+    page.write_text(re.sub(r"(<!-- (\S+) -->).*?(<!-- /\2 -->)", r"\1\n\3", committed, flags=re.S))
+    assert len(page.read_text()) < len(committed)
+    monkeypatch.setattr(tables, "DOCS", tmp_path / "docs")
+    tables.main()
+    assert page.read_text() == committed
 
 
 def test_gate_trials_are_counted(

@@ -2,13 +2,15 @@
 
 Every module here that has a `RUNTIMES` table (name -> opener) adds runtimes; other packages add theirs
 through the entry-point group "deploy_prune.runtimes", each entry a name and an opener. A table `ONNX_RUNTIMES` (name ->
-runner of a path and a number of threads) lists those that take any ONNX file.
+runner of a path and a number of threads) lists those that take any ONNX file, a table `LIBRARIES` (name -> packages)
+what each imports when it opens a model.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,16 @@ from .base import Opener, Runner, TensorSpec
 if TYPE_CHECKING:
     from ..bundle import Bundle, Variant
 
-__all__ = ["Opener", "Runner", "TensorSpec", "available_runtimes", "onnx_runtimes", "open_onnx", "open_runner"]
+__all__ = [
+    "Opener",
+    "Runner",
+    "TensorSpec",
+    "available_runtimes",
+    "import_libraries",
+    "onnx_runtimes",
+    "open_onnx",
+    "open_runner",
+]
 
 
 @cache
@@ -34,6 +45,13 @@ def available_runtimes() -> dict[str, Opener]:
 def onnx_runtimes() -> dict[str, Callable[[Path, int | None], Runner]]:
     """Map the names of the runtimes that read any ONNX file to what opens it with a number of threads."""
     return _tables("ONNX_RUNTIMES")
+
+
+def import_libraries(runtime: str) -> None:
+    """Import the packages that a runtime needs; one that is not there is told of when a model is opened."""
+    for library in _tables("LIBRARIES").get(runtime, ()):
+        with suppress(ImportError, OSError):
+            importlib.import_module(library)
 
 
 def _tables(name: str) -> dict[str, Any]:

@@ -73,8 +73,8 @@ class Runner(ABC):
         path: Path | None = getattr(self, "path", None)
         if path is None:
             return None
-        beside = (path, path.with_name(f"{path.name}.data"), path.with_suffix(".bin"))
-        return sum(file.stat().st_size for file in beside if file.is_file())
+        beside = weight_files(path) if path.suffix == ".onnx" else {path.with_suffix(".bin")}
+        return sum(file.stat().st_size for file in {path, *beside} if file.is_file())
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
         """Return the outputs by name.
@@ -85,6 +85,14 @@ class Runner(ABC):
             raise InputError(f"{type(self).__name__} is not open.", hint="Use it in a with statement.")
         check_feeds(self.inputs, feeds)
         return self._infer(dict(feeds))
+
+
+def weight_files(path: Path) -> set[Path]:
+    """Return the files beside an ONNX file that hold its weights."""
+    import onnx
+
+    tensors = onnx.load(path, load_external_data=False).graph.initializer
+    return {path.with_name(e.value) for tensor in tensors for e in tensor.external_data if e.key == "location"}
 
 
 class Opener(Protocol):

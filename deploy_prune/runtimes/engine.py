@@ -187,3 +187,4 @@ def _opener(api: API) -> Any:
 
 
 RUNTIMES = {api.format: _opener(api) for api in (TENSORRT, RTX)}
+LIBRARIES = {api.format: (api.module,) for api in (TENSORRT, RTX)}

@@ -80,4 +80,5 @@ def open_openvino(bundle: Bundle, variant: Variant, *, threads: int | None = Non
 
 
 RUNTIMES = {"openvino": open_openvino}
+LIBRARIES = {"openvino": ("openvino",)}
 ONNX_RUNTIMES = {"openvino": OpenVinoRunner}

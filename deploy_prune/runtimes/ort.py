@@ -142,6 +142,7 @@ def open_ort_tensorrt(
 
 
 RUNTIMES = {"ort-cpu": open_ort_cpu, "ort-cuda": open_ort_cuda, "ort-tensorrt": open_ort_tensorrt}
+LIBRARIES = dict.fromkeys(RUNTIMES, ("onnxruntime",))
 ONNX_RUNTIMES = {
     "ort-cpu": lambda path, threads: OrtRunner(path, "cpu", threads, stop_spinning=True),
     "ort-cuda": lambda path, threads: OrtRunner(path, "cuda", threads),

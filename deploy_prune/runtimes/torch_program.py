@@ -80,3 +80,4 @@ def programs_refused() -> str:
 
 
 RUNTIMES = {"pt2": open_program}
+LIBRARIES = {"pt2": ("torch",)}

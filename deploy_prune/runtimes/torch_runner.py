@@ -121,3 +121,4 @@ RUNTIMES = {
     "torch-compile-cuda": opener("cuda", compiled=True),
     "torch-graphs-cuda": opener("cuda", compiled=True, cuda_graphs=True),
 }
+LIBRARIES = dict.fromkeys(RUNTIMES, ("torch", "transformers.modeling_utils"))

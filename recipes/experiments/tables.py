@@ -165,7 +165,6 @@ def shapes_table(path: Path) -> str:
 
 
 TABLES = {"shapes": shapes_table, "precisions": precisions_table, "demo": demo_table, "bench": bench_table}
-TOLD = {"bert-base-gpu"}  # of too few cells for a table: the text has them
 
 
 def main(
@@ -180,15 +179,13 @@ def main(
     path = DOCS / "results.md"
     text = path.read_text("utf-8")
     for source in sorted((DOCS / "results").glob("*.json")):
-        if source.stem in TOLD:
-            continue
+        document, table = json.loads(source.read_text("utf-8")), TABLES.get(source.stem.split("-")[-1])
+        if "experiment" not in document and table is None:
+            continue  # the text of a page has its figures
         begin, end = f"<!-- {source.stem} -->", f"<!-- /{source.stem} -->"
         if begin not in text:
             raise SystemExit(f"{path} has no place for {source.name}: add {begin} and {end}")
-        document = json.loads(source.read_text("utf-8"))
-        made = (
-            as_markdown(document).rstrip() if "experiment" in document else TABLES[source.stem.split("-")[-1]](source)
-        )
+        made = table(source) if table is not None else as_markdown(document).rstrip()
         text = re.sub(f"{begin}.*?{end}", lambda _, whole=f"{begin}\n{made}\n{end}": whole, text, flags=re.S)
     path.write_text(text, "utf-8")
 
