@@ -267,12 +267,13 @@ def test_a_new_model_that_cannot_be_run_fails_and_the_base_does_not(bundle: Bund
 def test_the_quality_is_that_of_the_file_that_is_timed(tmp_path: Path) -> None:
     """It once was that of the first file in the precision, whatever opened it."""
     bundle = exported_bundle(tmp_path)
-    export_bundle(bundle, formats=["onnx", "openvino"], precisions=["int8"], variants=["sliced"]).check()
+    export_bundle(bundle, formats=["onnx", "openvino"], precisions=["fp16"], variants=["sliced"]).check()
     for artifact in bundle.manifest.artifacts:
-        artifact.quality = {"metric": "accuracy", "value": {"onnx": 0.8, "openvino": 0.7}[artifact.format]}
+        value = {"onnx": 0.8, "openvino": 0.7}[artifact.format]
+        artifact.quality = {"metric": "accuracy", "value": value, "to_fp32": {"agreement": 0.9}}
     bundle.commit()
-    assert recorded_quality(bundle, "sliced:int8", "ort-cpu") == ("accuracy", 0.8)
-    assert recorded_quality(bundle, "sliced:int8", "openvino") == ("accuracy", 0.7)
+    assert recorded_quality(bundle, "sliced:fp16", "ort-cpu") == ("accuracy", 0.8)
+    assert recorded_quality(bundle, "sliced:fp16", "openvino") == ("accuracy", 0.7)
 
 
 def test_a_file_is_never_slower_than_itself_and_a_slower_one_fails(bundle: Bundle, tmp_path: Path) -> None:
