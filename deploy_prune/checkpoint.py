@@ -24,7 +24,7 @@ from .images import ImageProcessor, check_fit
 from .masking import OutputWeights
 from .module_checkpoint import FILE, WEIGHTS, ModuleConfig, check_stored, load_module, read_module_config, save_module
 from .renaming import renamed
-from .signature import Signature, image_signature, takes_images
+from .signature import Signature, image_signature, takes_images, token_inputs
 from .surgery import ChannelSurgery, surgery_of_plan
 from .tasks.base import HeadKind
 
@@ -143,8 +143,7 @@ def input_signature(model: nn.Module, processor: Any) -> Signature:
     """Return the model inputs that its tokenizer or image processor makes, in the tokenizer's order."""
     if isinstance(processor, ImageProcessor):
         return image_signature(config_of(model), processor.output_size)
-    names = ("input_ids", "attention_mask", "token_type_ids")
-    return Signature(tuple(n for n in names if n in processor.model_input_names))
+    return Signature(token_inputs(processor.model_input_names, config_of(model)))
 
 
 def save_sliced(model: nn.Module, processor: Any, folder: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from .image_settings import model_size
 from .images import image_tokens
 
 PIXELS = "pixel_values"
+TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 MOST_EDGE = 1 << 16  # pixels, and channels
 
 
@@ -85,6 +86,15 @@ class Signature:
                 f"The model makes {self.tokens} tokens of every image, not {seq}.",
                 hint=f"Leave the length out, or give {self.tokens}.",
             )
+
+
+def token_inputs(made: Container[str], config: Any) -> tuple[str, ...]:
+    """Return which of a tokenizer's outputs (T,) the model takes.
+
+    Token types are left out where the model has fewer than two: it has none, or all are 0 anyway.
+    """
+    two_types = int(getattr(config, "type_vocab_size", 0) or 0) >= 2
+    return tuple(n for n in TOKENS if n in made and (n != "token_type_ids" or two_types))
 
 
 def takes_images(config: Any) -> bool:

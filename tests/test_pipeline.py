@@ -111,6 +111,17 @@ def test_flops_of_the_graph_are_the_manifests(bundle: Bundle) -> None:
         assert count_onnx(path, shapes) == bundle.manifest.counts[artifact.variant]["flops"]
 
 
+@pytest.mark.parametrize("family", ["distilbert", "mpnet"])
+def test_token_types_that_a_model_does_not_take_are_none_of_its_inputs(family: str, tmp_path: Path) -> None:
+    """A tokenizer of BERT's kind makes them; a file once had an input for them, and its check ended in KeyError."""
+    settings = prepare(tmp_path, "text-classification", bench_seconds=0.2, runtimes=("ort-cpu",))
+    settings["model"] = str(checkpoint(tmp_path / family, family=family))
+    bundle = run(load_recipe(**settings))
+    assert bundle.manifest.model["inputs"] == ["input_ids", "attention_mask"]
+    with open_runner(bundle, "ort-cpu", "sliced") as runner:
+        assert runner.input_names == ("input_ids", "attention_mask")
+
+
 def test_runs_in_onnx_runtime_at_other_shapes(bundle: Bundle) -> None:
     inputs = bundle.manifest.model["inputs"]
     head = head_of(bundle)

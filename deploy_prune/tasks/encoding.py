@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..signature import token_inputs
 from .base import Row, Split
 from .spec import LoadRequest
 
 TEXT_LENGTH = 512
 QA_LENGTH = 384
 _CHUNK = 1000  # examples per call of the tokenizer
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # Positions of these models start after the padding index, so two of the table's rows are never used.
 _POSITION_OFFSET = {"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet"}
 
@@ -44,7 +44,7 @@ class EncodedSplit(Split):
         for start in range(0, len(indices), _CHUNK):
             chunk = [int(i) for i in indices[start : start + _CHUNK]]
             encoding = self._tokenize(chunk)
-            names = input_names(encoding, self._config)
+            names = token_inputs(encoding, self._config)
             rows += [Row(features(encoding, names, r), self._label(encoding, r, i)) for r, i in enumerate(chunk)]
         return rows
 
@@ -98,15 +98,6 @@ def require_words(tokenizer: Any) -> None:
             "The tokenizer reads single words otherwise than words in a text (add_prefix_space is off).",
             hint="Load it with add_prefix_space=True and save it with the model.",
         )
-
-
-def input_names(encoding: Mapping[str, Any], config: Any) -> list[str]:
-    """Return the tokenizer's outputs that the model takes (T,).
-
-    Token types are left out where the model has fewer than two: it has none, or all are 0 anyway.
-    """
-    two_types = int(getattr(config, "type_vocab_size", 0) or 0) >= 2
-    return [n for n in _INPUTS if n in encoding and (n != "token_type_ids" or two_types)]
 
 
 def features(encoding: Mapping[str, Any], names: Sequence[str], row: int) -> dict[str, np.ndarray]:

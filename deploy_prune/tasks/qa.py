@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
+from ..signature import token_inputs
 from .base import Row, RowOutput, Split, TaskData
-from .encoding import QA_LENGTH, features, input_names, require_fast, resolve_length
+from .encoding import QA_LENGTH, features, require_fast, resolve_length
 from .metrics import squad_scores
 from .source import fetch, require_path, split_files
 from .spec import LoadRequest, TaskSpec
@@ -113,7 +114,7 @@ class QaSplit(Split):
                 return_overflowing_tokens=True,
                 return_offsets_mapping=True,
             )
-            names = input_names(encoding, self._config)
+            names = token_inputs(encoding, self._config)
             for w, sample in enumerate(encoding["overflow_to_sample_mapping"]):
                 row = Row(features(encoding, names, w))
                 context = np.array([s == 1 for s in encoding.sequence_ids(w)])
