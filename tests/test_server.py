@@ -197,6 +197,37 @@ def test_malformed_requests_are_told(server: Server, body: Any, status: int, sai
     assert post(server, "/v2/models/classification/infer", changed("input_ids"))[0] == 200
 
 
+def long_text(characters: int) -> dict[str, Any]:
+    return {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["good " * (characters // 5)]}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "said"),
+    [
+        ("classification", feeds(1, 67), "Rows of 67 tokens; the model reads 66."),
+        ("classification.answers", long_text(70_000), "Text 0 has 70,000 characters; at most 65,536 are taken."),
+    ],
+)
+def test_what_is_longer_than_the_model_reads_is_refused(server: Server, name: str, body: Any, said: str) -> None:
+    if name == "classification":
+        tensors = [{"name": k, "datatype": "INT64", "shape": list(v.shape), "data": v.tolist()} for k, v in body.items()]
+        given, body = body, {"inputs": tensors}
+    else:
+        given = {"text": np.array([body["inputs"][0]["data"][0].encode()], dtype=object)}
+    status, document = post(server, f"/v2/models/{name}/infer", body)
+    assert (status, said in document["error"]) == (413, True), document
+    client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+    with pytest.raises(InferenceServerException, match="INVALID_ARGUMENT"):
+        ask(client, triton_grpc, name, given)
+    client.close()
+
+
+def test_texts_beyond_the_models_length_are_cut(server: Server) -> None:
+    found = [post(server, "/v2/models/classification.answers/infer", long_text(n)) for n in (5_000, 60_000)]
+    assert [status for status, _ in found] == [200, 200]
+    assert found[0][1]["outputs"] == found[1][1]["outputs"]
+
+
 def test_unknown_models_and_versions(server: Server) -> None:
     assert post(server, "/v2/models/nobody/infer", changed("input_ids"))[0] == 404
     assert post(server, "/v2/models/qa/versions/9/infer", changed("input_ids"))[0] == 404

@@ -31,6 +31,9 @@ ANSWERS = ".answers"  # behind a model's name: texts or images in, answers out
 MANIFEST = "manifest.json"
 WARM_ROWS = (1, 2)
 KEPT_VERSIONS = 2  # the default and the one before it, to go back to
+TOKEN_CHARACTERS = 128  # for each token that a model reads: longer texts are refused before they are tokenised and cut
+SHORT_TOKENS = 512  # texts of so many tokens are taken whatever the model reads
+LONG_TEXT = 1 << 20  # characters that no text may have
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Version:
             raise BusyError("The model is being unloaded.", hint="Ask again.")
         check_feeds(runner.inputs, feeds)
         self._check_rows(len(next(iter(feeds.values()))))
+        self._check_tokens(feeds)
         self._check_values(feeds)
         return await self.batcher.infer(feeds)
 
@@ -102,6 +106,7 @@ class Version:
         """Return the answers of texts or images."""
         rows = self.predictor.preparation.check(list(given))
         self._check_rows(len(rows))
+        self._check_texts(rows)
         prepared, feeds = await asyncio.to_thread(self.predictor.prepare, rows)
         outputs = await self.batcher.infer(feeds)
         return self.predictor.answers(outputs, prepared, rows)
@@ -187,6 +192,26 @@ class Version:
         most = min(self.serving.request_rows, self.serving.queue_rows)
         if rows > most:
             raise TooLargeError(f"The request has {rows} rows; at most {most} are taken.", hint="Send several.")
+
+    def _check_tokens(self, feeds: Arrays) -> None:
+        """Raise TooLargeError for rows that are longer than the model reads: memory grows with their square."""
+        most = self.predictor.preparation.most_tokens
+        if most is not None and (longest := max(a.shape[1] for a in feeds.values())) > most:
+            raise TooLargeError(f"Rows of {longest:,} tokens; the model reads {most:,}.", hint="Cut them.")
+
+    def _check_texts(self, rows: Sequence[Any]) -> None:
+        """Raise TooLargeError for a text that is so long that all but its beginning would be tokenised for nothing."""
+        tokens = self.predictor.preparation.most_tokens
+        if tokens is None:
+            return
+        most = min(TOKEN_CHARACTERS * max(tokens, SHORT_TOKENS), LONG_TEXT)
+        for i, row in enumerate(rows):
+            longest = max(len(text) for text in ((row,) if isinstance(row, str) else row))
+            if longest > most:
+                raise TooLargeError(
+                    f"Text {i} has {longest:,} characters; at most {most:,} are taken.",
+                    hint=f"The model reads {tokens:,} tokens of it: send its beginning.",
+                )
 
     def _check_values(self, feeds: Arrays) -> None:
         """Raise InputError for token ids that a runtime would read beyond its tables with."""
