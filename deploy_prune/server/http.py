@@ -22,7 +22,7 @@ from .. import __version__
 from ..errors import DeployPruneError, InputError
 from .batching import Arrays
 from .connections import is_loopback
-from .engine import Answer, Engine
+from .engine import Answer, Engine, Held
 from .errors import BusyError, LateError, TooLargeError, http_status
 from .models import ANSWERS
 from .tensors import check_shape, datatype_of, from_bytes, from_json, json_of, parameter, to_bytes
@@ -89,7 +89,7 @@ def make_app(
     """
     app = FastAPI(title="deploy_prune", version=__version__, docs_url=None, redoc_url=None, strict_content_type=False)
     failures: dict[int | str, dict[str, Any]] = {400: {}, 401: {}, 403: {}, 404: {}, 413: {}, 503: {}, 504: {}}
-    bodies = Bodies(most_bytes, body_seconds)
+    bodies = Bodies(most_bytes, body_seconds, engine.held)
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Any) -> Response:
@@ -173,8 +173,9 @@ def make_app(
                 asked, feeds = await asyncio.to_thread(decode, raw, request.headers, most)
             else:
                 asked, feeds = decode(raw, request.headers, most)
-        answer = await engine.infer("http", name, version, feeds, [w.name for w in asked.outputs or ()])
-        return encode(answer, asked)
+            # Still inside: raw tensors are views of the body, which is held as long as they wait.
+            answer = await engine.infer("http", name, version, feeds, [w.name for w in asked.outputs or ()])
+            return encode(answer, asked)
 
     @app.post("/v2/repository/index")
     async def index() -> list[dict[str, str]]:
@@ -215,13 +216,10 @@ def foreign(headers: Mapping[str, str], loopback: bool) -> str:
 
 
 class Bodies:
-    """Read the bodies of requests: each of `most_bytes` at most, in `seconds`, and `TOGETHER` such at one time."""
+    """Read the bodies of requests: each of `most_bytes` at most, in `seconds`, all that are held counted in `held`."""
 
-    TOGETHER = 8
-
-    def __init__(self, most_bytes: int, seconds: float) -> None:
-        self.most_bytes, self.seconds = most_bytes, seconds
-        self.held = 0
+    def __init__(self, most_bytes: int, seconds: float, held: Held) -> None:
+        self.most_bytes, self.seconds, self.held = most_bytes, seconds, held
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
@@ -239,21 +237,22 @@ class Bodies:
         async def read() -> None:
             nonlocal size
             async for part in request.stream():
+                self.held.take(len(part))
                 size += len(part)
-                self.held += len(part)
                 parts.append(part)
                 if size > self.most_bytes:
                     raise TooLargeError(f"The body has more than {self.most_bytes:,} bytes.")
-                if self.held > self.TOGETHER * self.most_bytes:
-                    raise BusyError("The server reads too many other bodies.", hint="Ask again later.")
 
         try:
-            await asyncio.wait_for(read(), self.seconds)
-            yield b"".join(parts)
-        except TimeoutError as error:
-            raise LateError(f"The body did not arrive within {self.seconds:g} seconds.") from error
+            try:
+                await asyncio.wait_for(read(), self.seconds)
+            except TimeoutError as error:
+                raise LateError(f"The body did not arrive within {self.seconds:g} seconds.") from error
+            raw = b"".join(parts)
+            parts.clear()
+            yield raw
         finally:
-            self.held -= size
+            self.held.give_back(size)
 
 
 def body_of(model: type[BaseModel], required: bool = True) -> dict[str, Any]:
