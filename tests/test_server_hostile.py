@@ -391,14 +391,17 @@ def call_ended_after(connection: socket.socket) -> float:
 
 
 def test_a_grpc_message_that_does_not_come_gives_its_place_back(root: Path) -> None:
-    with running({"m": root}, connections=1, body_seconds=1.5) as server:
-        with half_a_call(server) as slow, calling(server, "ServerLive") as call:
-            time.sleep(0.3)  # until it has the only place
-            with pytest.raises(grpc.RpcError) as caught:
-                call(b"", timeout=10)
-            assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert call_ended_after(slow) < 5
-            assert call(b"", timeout=10) == b"\x08\x01"
+    with (
+        running({"m": root}, connections=1, body_seconds=1.5) as server,
+        half_a_call(server) as slow,
+        calling(server, "ServerLive") as call,
+    ):
+        time.sleep(0.3)  # until it has the only place
+        with pytest.raises(grpc.RpcError) as caught:
+            call(b"", timeout=10)
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert call_ended_after(slow) < 5
+        assert call(b"", timeout=10) == b"\x08\x01"
 
 
 def test_a_call_without_the_token_is_told_before_its_message(root: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import DeployPruneError, InputError
 from .batching import Arrays
-from .errors import BusyError, LateError, NotFoundError
+from .errors import BusyError, LateError, NotFoundError, UnopenedError
 from .metrics import Metrics
 from .models import ANSWERS, Models, Version
 from .tensors import check_finite
@@ -123,11 +123,20 @@ class Engine:
         return True
 
     async def load(self, name: str, parameters: Mapping[str, Any] | None) -> Version:
-        """Load the newest version of a model, or go (back) to the one that the parameters name."""
+        """Load the newest version of a model, or go (back) to the one that the parameters name.
+
+        Raises NotFoundError, InputError for what is no version, and UnopenedError for a bundle that cannot be opened.
+        """
         number = (parameters or {}).get("version")
         if number is not None and not re.fullmatch("[0-9]{1,18}", str(number)):
             raise InputError(f"{number!r:.40} is no version.", hint="Give a number.")
-        return await self.models.load(name, None if number is None else int(number))
+        try:
+            return await self.models.load(name, None if number is None else int(number))
+        except (NotFoundError, BusyError):
+            raise
+        except DeployPruneError as error:
+            log.error("not loaded", extra={"model": name, "reason": str(error)})
+            raise UnopenedError(f"{name} cannot be loaded: the server's log says why.") from error
 
     def index(self) -> list[dict[str, str]]:
         """Return every version of every model and its state, as the protocol's repository index has them."""

@@ -183,7 +183,7 @@ def make_app(
 
     @app.post(
         "/v2/repository/models/{name}/load",
-        responses=failures,
+        responses={**failures, 500: {}},
         openapi_extra=body_of(LoadRequest, required=False),
     )
     async def load(request: Request, name: Name) -> dict[str, str]:
@@ -341,7 +341,7 @@ def _said(status: int, message: str, headers: Mapping[str, str] | None = None) -
 
 def _failed(error: Exception) -> Response:
     """Return what the client is told: the reason of its own mistakes, and a number for the server's."""
-    if isinstance(error, DeployPruneError) and (status := http_status(error)) != 500:
+    if isinstance(error, DeployPruneError) and (status := http_status(error)) is not None:
         hint = f" {error.hint}" if error.hint else ""
         retry = {"retry-after": "1"} if isinstance(error, BusyError) else None
         return _said(status, f"{error.message}{hint}", retry)

@@ -30,7 +30,6 @@ log = logging.getLogger("deploy_prune.server")
 ANSWERS = ".answers"  # behind a model's name: texts or images in, answers out
 MANIFEST = "manifest.json"
 WARM_ROWS = (1, 2)
-KEPT_VERSIONS = 2  # the default and the one before it, to go back to
 TOKEN_CHARACTERS = 128  # for each token that a model reads: longer texts are refused before they are tokenised and cut
 SHORT_TOKENS = 512  # texts of so many tokens are taken whatever the model reads
 LONG_TEXT = 1 << 20  # characters that no text may have
@@ -53,15 +52,18 @@ class Serving:
 
 
 class Version:
-    """Hold one open bundle, ready to answer; made by `Version.open`."""
+    """Hold one open bundle, ready to answer; made by `Version.open`. `sample` are the outputs of a run of it."""
 
-    def __init__(self, name: str, number: int, root: Path, digest: str, predictor: Predictor, serving: Serving) -> None:
-        self.name, self.number, self.root, self.digest = name, number, root, digest
+    def __init__(
+        self, name: str, number: int, digest: str, predictor: Predictor, serving: Serving, sample: Arrays
+    ) -> None:
+        self.name, self.number, self.digest = name, number, digest
         self.predictor, self.serving = predictor, serving
         self.using = 0
         self.signature = Signature.of_manifest(predictor.bundle.manifest.model)
         self.head = predictor.head
         self.on_run: Callable[[int, float], None] = lambda rows, seconds: None
+        self.on_close: Callable[[], None] = lambda: None
         per_token = {"token": ("logits",), "qa": ("start_logits", "end_logits")}.get(self.head, ())
         pads = None if self.signature.image else {"input_ids": int(predictor.bundle.manifest.model.get("pad_id", 0))}
         self.batcher = Batcher(
@@ -72,22 +74,24 @@ class Version:
             wait=serving.wait,
             on_run=lambda rows, seconds: self.on_run(rows, seconds),
         )
+        free = {n: [-1, *([-1, *a.shape[2:]] if n in per_token else a.shape[1:])] for n, a in sample.items()}
+        self._outputs = [{"name": n, "datatype": datatype_of(sample[n]), "shape": shape} for n, shape in free.items()]
 
     @classmethod
     async def open(cls, name: str, number: int, root: Path, serving: Serving) -> Version:
         """Open a bundle and run it once at some sizes, away from the event loop."""
         digest = sha256_file(root / MANIFEST)
 
-        def work() -> Predictor:
+        def work() -> tuple[Predictor, Arrays]:
             predictor = open_bundle(
                 *(root, serving.runtime, serving.variant, serving.precision, serving.threads),
                 public_key=serving.public_key,
             )
-            for rows in WARM_ROWS:
-                predictor.infer(warm_feeds(predictor, rows))
-            return predictor
+            runs = [predictor.infer(warm_feeds(predictor, rows)) for rows in WARM_ROWS]
+            return predictor, runs[0]
 
-        return cls(name, number, root, digest, await asyncio.to_thread(work), serving)
+        predictor, sample = await asyncio.to_thread(work)
+        return cls(name, number, digest, predictor, serving, sample)
 
     async def infer(self, feeds: Arrays) -> Arrays:
         """Return the outputs of raw inputs, checked first, so that one bad request spoils no batch."""
@@ -112,10 +116,11 @@ class Version:
         return self.predictor.answers(outputs, prepared, rows)
 
     async def close(self) -> None:
-        """Let what is running end, and free the model."""
-        await self.batcher.close()
+        """Let every request end that has begun, those too that are not in the queue yet, and free the model."""
         while self.using:
             await asyncio.sleep(0.01)
+        await self.batcher.close()
+        self.on_close()
         await asyncio.to_thread(self.predictor.close)
 
     def inputs(self) -> list[dict[str, Any]]:
@@ -133,10 +138,7 @@ class Version:
 
     def outputs(self) -> list[dict[str, Any]]:
         """Return the raw outputs as the protocol's metadata has them."""
-        variant, per_token = self.serving.variant, self.batcher.merging.per_token
-        shapes = {n: a.shape for case in self.predictor.bundle.golden()[:1] for n, a in case.outputs[variant].items()}
-        free = {n: [-1, *([-1, *shape[2:]] if n in per_token else shape[1:])] for n, shape in shapes.items()}
-        return [{"name": name, "datatype": "FP32", "shape": shape} for name, shape in free.items()]
+        return self._outputs
 
     def answer_inputs(self) -> list[dict[str, Any]]:
         """Return what the answering side of the model takes."""
@@ -242,7 +244,8 @@ class Entry:
     versions: dict[int, Version] = field(default_factory=dict)
     default: int | None = None
     previous: int | None = None
-    newest: int = 0  # ever loaded: a version that was rolled back is not new again
+    newest: int = 0  # ever loaded: a version that was rolled back, or unloaded, is not new again
+    newest_digest: str = ""
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -293,7 +296,8 @@ class Models:
                     raise NotFoundError(f"There is no version {number} of {name}.")
                 version = await Version.open(name, number, root, entry.serving)
                 entry.versions[number] = version
-                entry.newest = max(entry.newest, number)
+                if number >= entry.newest:
+                    entry.newest, entry.newest_digest = number, version.digest
                 self.on_load(version)
                 log.info("loaded", extra={"model": name, "version": number, "bundle": str(root)})
             if entry.default != number:
@@ -361,8 +365,8 @@ class Models:
     def _number_of_single(self, entry: Entry) -> int:
         """Return the number of the bundle that lies at a single source now: a new one when it was replaced."""
         digest = sha256_file(entry.source / MANIFEST)
-        known = next((v.number for v in entry.versions.values() if v.digest == digest), None)
-        return entry.newest + 1 if known is None else known
+        known = {entry.newest_digest: entry.newest, **{v.digest: v.number for v in entry.versions.values()}}
+        return known.get(digest, entry.newest + 1)
 
 
 def sources(folder: Path) -> dict[int, Path]:

@@ -150,12 +150,12 @@ class Guard(grpc.aio.ServerInterceptor):
                 request = await self._message(context)
                 with self.held.holding(request.ByteSize()):
                     return await handler.unary_unary(request, context)
-            except DeployPruneError as error:
-                hint = f" {error.hint}" if error.hint else ""
-                await context.abort(getattr(grpc.StatusCode, grpc_status(error)), f"{error.message}{hint}")
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
+                if isinstance(error, DeployPruneError) and (status := grpc_status(error)) is not None:
+                    hint = f" {error.hint}" if error.hint else ""
+                    await context.abort(getattr(grpc.StatusCode, status), f"{error.message}{hint}")
                 number = uuid.uuid4().hex[:12]
                 log.error("internal error", extra={"error_id": number}, exc_info=error)
                 await context.abort(grpc.StatusCode.INTERNAL, f"Internal error {number}.")
