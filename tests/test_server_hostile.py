@@ -247,12 +247,24 @@ def test_requests_are_counted_until_they_are_answered(root: Path, protocol: str)
         assert one(0)  # all was given back
 
 
-def test_typed_values_are_counted_before_they_become_objects() -> None:
+@pytest.mark.parametrize(
+    ("axes", "values", "inputs", "words"),
+    [
+        (1, 1_000_000, 1, "1000000 values, its shape 1"),
+        (1_000_000, 1, 1, "is no shape"),
+        (1, 1, 20_000, "more than 64 inputs"),
+    ],
+)
+def test_what_a_message_repeats_is_counted_before_it_becomes_objects(
+    axes: int, values: int, inputs: int, words: str
+) -> None:
     request = pb.ModelInferRequest()
-    request.inputs.add(name="x", datatype="INT64", shape=[1]).contents.int64_contents.extend([1] * 1_000_000)
+    for number in range(inputs):
+        tensor = request.inputs.add(name=f"x{number}", datatype="INT64", shape=[1] * axes)
+        tensor.contents.int64_contents.extend([1] * values)
     tracemalloc.start()
     try:
-        with pytest.raises(InputError, match="1000000 values, its shape 1"):
+        with pytest.raises(InputError, match=words):
             rpc.decode(request, 1 << 24)
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:

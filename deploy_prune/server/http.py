@@ -25,7 +25,7 @@ from .connections import is_loopback
 from .engine import Answer, Engine, Held
 from .errors import BusyError, LateError, TooLargeError, http_status
 from .models import ANSWERS
-from .tensors import check_shape, datatype_of, from_bytes, from_json, json_of, parameter, to_bytes
+from .tensors import MOST_TENSORS, check_shape, datatype_of, from_bytes, from_json, json_of, parameter, to_bytes
 
 log = logging.getLogger("deploy_prune.server")
 HEADER_LENGTH = "inference-header-content-length"  # of the JSON before raw tensors
@@ -65,8 +65,8 @@ class InferRequest(BaseModel):
 
     id: str | None = Field(None, max_length=200)
     parameters: dict[str, Any] | None = None
-    inputs: list[Tensor] = Field(min_length=1, max_length=64)
-    outputs: list[Wanted] | None = Field(None, max_length=64)
+    inputs: list[Tensor] = Field(min_length=1, max_length=MOST_TENSORS)
+    outputs: list[Wanted] | None = Field(None, max_length=MOST_TENSORS)
 
 
 class LoadRequest(BaseModel):
@@ -300,6 +300,7 @@ def decode(raw: bytes, headers: Mapping[str, str], most_elements: int) -> tuple[
             raise InputError(f"Input {tensor.name} has no data.")
         else:
             feeds[tensor.name] = from_json(tensor.name, tensor.datatype, shape, tensor.data)
+            tensor.data = None  # many times as large as the array, while the request waits
     if at != len(raw):
         raise InputError(f"{len(raw) - at} bytes are left over behind the inputs.")
     return asked, feeds

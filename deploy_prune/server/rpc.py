@@ -22,7 +22,7 @@ from .connections import MOST_HEADER_BYTES
 from .engine import Engine, Held
 from .errors import LateError, grpc_status
 from .http import EXTENSIONS, LONG_BYTES
-from .tensors import BYTES, check_shape, datatype_of, from_bytes, from_json, to_bytes
+from .tensors import BYTES, MOST_AXES, MOST_TENSORS, check_shape, datatype_of, from_bytes, from_json, to_bytes
 
 log = logging.getLogger("deploy_prune.server")
 CONTENTS = {
@@ -104,19 +104,22 @@ def decode(request: Any, most_elements: int) -> Arrays:
     """Read the inputs of a request, raw or typed. Raises InputError."""
     feeds: Arrays = {}
     raw = request.raw_input_contents
+    if len(request.inputs) > MOST_TENSORS or len(request.outputs) > MOST_TENSORS:
+        raise InputError(f"The request has more than {MOST_TENSORS} inputs or outputs.")
     if raw and len(raw) != len(request.inputs):
         raise InputError(f"{len(request.inputs)} inputs come with {len(raw)} raw contents.")
     for number, tensor in enumerate(request.inputs):
         if tensor.name in feeds:
             raise InputError(f"The input {tensor.name} is given twice.")
-        shape = check_shape(tensor.name, tensor.datatype, list(tensor.shape), most_elements)
+        axes = tensor.shape[: MOST_AXES + 1]  # a shape of millions of them is told by these
+        shape = check_shape(tensor.name, tensor.datatype, axes, most_elements)
         if raw:
             feeds[tensor.name] = from_bytes(tensor.name, tensor.datatype, shape, raw[number])
             continue
         if tensor.datatype not in CONTENTS:
             raise InputError(f"Input {tensor.name}: {tensor.datatype} comes as raw contents only.")
         values = getattr(tensor.contents, CONTENTS[tensor.datatype])
-        if len(values) != math.prod(shape):  # before they become objects: each has one byte here, and 8 and more then
+        if len(values) != math.prod(shape):  # before they become objects, which are many times as large
             raise InputError(f"Input {tensor.name} has {len(values)} values, its shape {math.prod(shape)}.")
         if tensor.datatype == BYTES:
             packed = b"".join(len(v).to_bytes(4, "little") + v for v in values)
