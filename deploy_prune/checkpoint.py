@@ -305,7 +305,10 @@ def _weight_bytes(source: str) -> int:
         return sum(p.stat().st_size for p in files)
     names = [WEIGHTS]
     if (index := _hub_file(source, f"{WEIGHTS}.index.json")) is not None:
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        listed = read_json(index)
+        if not isinstance(listed, dict) or not isinstance(listed.get("weight_map"), dict):
+            raise ValueError(f"{WEIGHTS}.index.json lists no files of weights")
+        names = sorted(set(map(str, listed["weight_map"].values())))
     found = [_hub_file(source, name) for name in names]
     return sum(Path(path).stat().st_size for path in found if path) or UNSEEN_WEIGHTS
 
