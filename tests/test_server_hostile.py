@@ -229,22 +229,22 @@ def test_requests_are_counted_until_they_are_answered(root: Path, protocol: str)
     with running({"m": root}, serving=serving, most_bytes=1000) as server, calling(server) as call:
         raw, message = json.dumps(GOOD).encode().ljust(950), grpc_request(950)
 
-        def one(_: int) -> bool:
+        def one(_: int) -> str:
             if protocol == "http":
                 status, said = ask(server, PATH, raw)
-                assert status in (200, 503), said
-                return status == 200
+                return "" if status == 200 else f"{status} {said['error']}"
             try:
                 call(message, timeout=20)
             except grpc.RpcError as error:
-                assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED, error
-                assert "too many other requests" in error.details()
-                return False
-            return True
+                return f"{error.code().name} {error.details()}"
+            return ""
 
         with ThreadPoolExecutor(12) as pool:
-            assert sum(pool.map(one, range(12))) == 8
-        assert one(0)  # all was given back
+            found = list(pool.map(one, range(12)))
+        status = {"http": "503", "grpc": "RESOURCE_EXHAUSTED"}[protocol]
+        assert found.count("") == 8
+        assert found.count(f"{status} The server holds too many other requests. Ask again later.") == 4
+        assert one(0) == ""  # all was given back
 
 
 @pytest.mark.parametrize(
@@ -388,6 +388,13 @@ def half_a_call(server: Server) -> Iterator[socket.socket]:
         yield connection
 
 
+def drip(connection: socket.socket) -> None:
+    """Send fewer bytes of the message than it announced, one at a time, for 20 seconds."""
+    for _ in range(400):
+        connection.sendall(frame(0, 0, 1, b" "))
+        time.sleep(0.05)
+
+
 def call_ended_after(connection: socket.socket) -> float:
     """Read frames until stream 1 is ended, by trailers or a reset; return the seconds that took."""
     started, raw = time.monotonic(), b""
@@ -450,9 +457,7 @@ def test_grpc_messages_that_never_end_are_cut_off(root: Path, monkeypatch: pytes
         with half_a_call(server) as dripping:
             started = time.monotonic()
             with pytest.raises((BrokenPipeError, ConnectionResetError)):
-                for _ in range(400):  # fewer bytes than it announced
-                    dripping.sendall(frame(0, 0, 1, b" "))
-                    time.sleep(0.05)
+                drip(dripping)
             assert time.monotonic() - started > 0.8  # not for what it sent
         with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
             call = channel.unary_unary("/inference.GRPCInferenceService/ServerLive", lambda x: x, lambda x: x)

@@ -201,8 +201,7 @@ def attempt(read: Callable[[], object]) -> None:
 
 
 TARGETS: dict[str, Target] = {
-    f.__name__: f
-    for f in (manifest, plan, recipe, lut, npz, separated, json, image, http, grpc, served, message)
+    f.__name__: f for f in (manifest, plan, recipe, lut, npz, separated, json, image, http, grpc, served, message)
 }
 
 
