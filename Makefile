@@ -66,7 +66,7 @@ audit: $(READY) ## Look up known weaknesses of the pinned packages; says "not ru
 	@PYTHONPATH=tests $(BIN)/python -m tools.audit
 
 fuzz: RUNS ?= 100000
-fuzz: $(READY) ## Fuzz the reader TARGET (manifest plan recipe lut npz separated json image http grpc), RUNS times
+fuzz: $(READY) ## Fuzz the reader TARGET (manifest plan recipe lut npz separated json image http grpc served message), RUNS times
 	@$(if $(value TARGET),,echo "Name what to fuzz: make fuzz TARGET=manifest"; exit 2;) \
 	  PYTHONPATH=tests $(BIN)/python -m fuzz.campaign $(call quoted,TARGET) -runs=$(call quoted,RUNS)
 

@@ -369,6 +369,7 @@ def staging(destination: str | Path, aside: Path | None = None) -> Iterator[Bund
     with locked(destination):
         root = destination.parent / f".{destination.name}.staging"
         with disk_errors(root):
+            _finish_exchange(destination)
             _set_aside(root, aside)
             shutil.rmtree(root, ignore_errors=True)
             root.mkdir()
@@ -439,7 +440,7 @@ def _exchange(a: Path, b: Path) -> None:
             return
         if ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(b))
-    old = b.with_name(f".{b.name}.old")
+    old = _moved_away(b)
     os.rename(b, old)
     try:
         os.rename(a, b)
@@ -447,6 +448,19 @@ def _exchange(a: Path, b: Path) -> None:
         os.rename(old, b)
         raise
     os.rename(old, a)
+
+
+def _finish_exchange(b: Path) -> None:
+    """Put back, or remove, the old folder that a kill between the renames of `_exchange` has left."""
+    old = _moved_away(b)
+    if (b / "manifest.json").is_file():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.is_dir():
+        os.rename(old, b)
+
+
+def _moved_away(b: Path) -> Path:
+    return b.with_name(f".{b.name}.old")
 
 
 def _fsync(path: Path) -> None:

@@ -15,8 +15,10 @@ from torch import nn
 
 from . import modeling_sliced
 from .archs import check_prunable, config_of
+from .bounds import LARGEST_CUT, bounded_weights, check_counts
 from .bundle import Bundle, Variant, disk_errors, sha256_file
 from .config import pickle_allowed
+from .documents import one_line, read_json
 from .errors import BundleError, InputError, SystemStateError, UnsupportedModelError
 from .heads import Head
 from .image_settings import SETTINGS
@@ -36,6 +38,7 @@ AUTO_CLASSES: dict[HeadKind, str] = {
     "embedding": "AutoModel",
 }
 IMAGE_CLASS = "AutoModelForImageClassification"
+UNSEEN_WEIGHTS = 1 << 30  # of a model whose safetensors the hub makes as they are asked for
 
 
 @dataclass
@@ -72,11 +75,7 @@ def load_config(source: str) -> Any:
     """Read a model's config and refuse what cannot be pruned. Raises InputError or UnsupportedModelError."""
     with _loading(source):
         folder = _module_folder(source)
-        config: Any = (
-            read_module_config(folder)
-            if folder
-            else transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        )
+        config: Any = read_module_config(folder) if folder else _read_config(source)
     check_prunable(config)
     return config
 
@@ -92,13 +91,14 @@ def load_dense(source: str, head: HeadKind) -> Dense:
     if images and head != "classification":
         raise InputError(f"{source} takes images: it can only classify them here.", hint="Name an image task.")
     if isinstance(config, ModuleConfig):
-        model = load_module(str(_module_folder(source)))
+        with bounded_weights(source, _weight_bytes(source)):
+            model = load_module(str(_module_folder(source)))
         check_weights(model, source)
         return Dense(model, load_processor(source, config), source, _hash_source(source))
     auto = getattr(transformers, IMAGE_CLASS if images else AUTO_CLASSES[head])
     _refuse_pickles(source)
     safe = {"use_safetensors": None if pickle_allowed() else True, "weights_only": True, "trust_remote_code": False}
-    with _loading(source), quiet_transformers():
+    with _loading(source), quiet_transformers(), bounded_weights(source, _weight_bytes(source)):
         model, info = auto.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **safe)
         processor = load_processor(source, config)
     missing = sorted(k for k in info["missing_keys"] if not (head == "embedding" and "pooler" in k))
@@ -194,9 +194,10 @@ class Sliced{stock}(transformers.{stock}):
 def load_sliced(folder: Path) -> Any:
     """Rebuild a sliced model from its folder, every tensor strictly as saved."""
     if (folder / FILE).is_file():
-        return load_module(folder)
+        with bounded_weights(folder, LARGEST_CUT * _weight_bytes(str(folder))):
+            return load_module(folder)
     with _loading(str(folder)):
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = _read_config(str(folder))
     spec = getattr(config, "deploy_prune", None)
     kind = getattr(transformers, str((getattr(config, "architectures", None) or [""])[0]), None)
     if not spec or not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
@@ -289,6 +290,28 @@ def _module_folder(source: str) -> Path | None:
     return folder
 
 
+def _read_config(source: str) -> Any:
+    """Read a config of transformers, unless it asks for lists that would fill the memory."""
+    if (path := _hub_file(source, "config.json")) is not None:
+        check_counts(path)
+    return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+
+
+def _weight_bytes(source: str) -> int:
+    """Return how many bytes of weights a checkpoint has, got from the hub if need be: it has no more weights."""
+    if Path(source).is_dir():
+        files = [p for p in Path(source).rglob("*") if p.suffix in (".safetensors", ".bin") and p.is_file()]
+        return sum(p.stat().st_size for p in files)
+    names = [WEIGHTS]
+    if (index := _hub_file(source, f"{WEIGHTS}.index.json")) is not None:
+        listed = read_json(index)
+        if not isinstance(listed, dict) or not isinstance(listed.get("weight_map"), dict):
+            raise ValueError(f"{WEIGHTS}.index.json lists no files of weights")
+        names = sorted(set(map(str, listed["weight_map"].values())))
+    found = [_hub_file(source, name) for name in names]
+    return sum(Path(path).stat().st_size for path in found if path) or UNSEEN_WEIGHTS
+
+
 def _hub_file(source: str, name: str) -> str | None:
     path: str | None = transformers.utils.cached_file(source, name, _raise_exceptions_for_missing_entries=False)
     return path
@@ -332,6 +355,10 @@ def _loading(source: str) -> Iterator[None]:
         ) from error
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(f"Could not load {source}: {error}") from error
+    except RuntimeError as error:  # other shapes than those of the config, or one that no memory holds
+        raise InputError(
+            f"Could not load {source}: {one_line(error)}", hint="Do config.json and the weights belong together?"
+        ) from error
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .bounds import LARGEST_CUT, SMALL
 from .bundle import disk_errors
 from .config import ALLOW_CODE, allowed_code
 from .documents import one_line, read_json
@@ -38,8 +39,6 @@ FORMAT, VERSION = "deploy-prune-module", 1
 FILE, WEIGHTS = "module.json", "model.safetensors"
 LOADING = ("weights", "weights_backbone", "pretrained", "checkpoint_path")  # arguments that fetch or read weights
 TIMM = "timm.create_model"
-_LARGEST_CUT = 200  # times its own weights a sliced model's dense one may have had
-_SMALL = 1 << 26  # weights that are no matter of concern
 _MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
 Cut = Callable[[nn.Module, dict[str, Any]], dict[str, Any]]
 _FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
@@ -194,7 +193,7 @@ def check_stored(make: Callable[[], nn.Module], cut: Cut, path: Path, *, layers:
             model = make()
             dense = sum(t.numel() for t in model.state_dict().values())
             stored = cut(model, stored)
-        if dense > max(_LARGEST_CUT * sum(map(math.prod, stored.values())), _SMALL):
+        if dense > max(LARGEST_CUT * sum(map(math.prod, stored.values())), SMALL):
             raise ValueError(f"a dense model of {dense:,} weights")
         wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         for name in sorted({*wanted, *stored}):

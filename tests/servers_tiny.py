@@ -15,16 +15,28 @@ from deploy_prune.server.run import Listening, Server
 
 @contextmanager
 def running(
-    models: Mapping[str, Path], *, serving: Serving | None = None, compare: bool = False, **listening: Any
+    models: Mapping[str, Path],
+    *,
+    serving: Serving | None = None,
+    compare: bool = False,
+    loaded: bool = True,
+    **listening: Any,
 ) -> Iterator[Server]:
-    """Yield a server that answers, and stop it at the end; what it raised is raised here."""
+    """Yield a server, once its models answer or, unless `loaded`, once it listens, and stop it at the end.
+
+    What it raised is raised here.
+    """
     where = Listening(port=0, grpc_port=listening.pop("grpc_port", 0), **listening)
     server = Server(models, serving or Serving(threads=1), where, compare)
     ready, failed = threading.Event(), []
 
+    async def listens() -> None:
+        while not (server.port and server.grpc_port):
+            await asyncio.sleep(0.01)
+
     def work() -> None:
         async def main() -> None:
-            waiting = asyncio.create_task(server.started.wait())
+            waiting = asyncio.create_task(server.started.wait() if loaded else listens())
             waiting.add_done_callback(lambda task: task.cancelled() or ready.set())
             server.loop = asyncio.get_running_loop()  # type: ignore[attr-defined]
             try:

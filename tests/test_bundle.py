@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,6 +127,34 @@ def test_exchange_without_the_system_call(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("deploy_prune.bundle.sys.platform", "darwin")
     make(tmp_path / "b")
     assert make(tmp_path / "b", "two").path("sliced/weights.txt").read_text() == "two"
+
+
+@pytest.mark.parametrize(("renames", "left"), [(0, "one"), (1, "one"), (2, "two")])
+def test_a_kill_between_the_renames_is_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int, left: str
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    monkeypatch.setattr("deploy_prune.bundle.sys.platform", "darwin")
+    make(tmp_path / "b")
+    done, rename = [], os.rename
+
+    def kill(*paths: Any) -> None:
+        if len(done) == renames:
+            raise Killed
+        done.append(paths)
+        rename(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", kill)
+        with pytest.raises(Killed):
+            make(tmp_path / "b", "two")
+    with staging(tmp_path / "b"):
+        assert Bundle.open(tmp_path / "b").path("sliced/weights.txt").read_text() == left
+    for text in ("three", "four"):
+        assert make(tmp_path / "b", text).path("sliced/weights.txt").read_text() == text
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != ".b.lock") == ["b"]
 
 
 def test_write_atomically_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

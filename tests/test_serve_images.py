@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from deploy_prune.bundle import Bundle
 from deploy_prune.errors import BundleError, InputError, MissingExtraError
 from deploy_prune.export import Options, export_bundle
 from deploy_prune.heads import Head
-from deploy_prune.images import ImageProcessor
+from deploy_prune.images import ImageProcessor, open_image
 from deploy_prune.serve import load
 from deploy_prune.serve.answers import softmax
 from deploy_prune.serve.loader import BATCH_ROWS
@@ -77,6 +78,27 @@ def test_order_of_many_images(made: Made) -> None:
     with load(made[0], threads=1) as predictor:
         scores = [answer["scores"]["yes"] for answer in predictor(pictures)]
     assert scores == pytest.approx(softmax(wanted(made, pictures))[:, 1].tolist(), abs=1e-4)
+
+
+def test_images_are_decoded_one_at_a_time(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[weakref.ref[Any]] = []
+
+    def open_one(source: Any, where: str) -> Any:
+        assert all(reference() is None for reference in decoded)  # 128 small files may be 8 GB of pixels
+        picture = open_image(source, where)
+        decoded.append(weakref.ref(picture))
+        return picture
+
+    monkeypatch.setattr("deploy_prune.serve.preparation.open_image", open_one)
+    files = []
+    for picture in images(5, 12, 10):
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG")
+        files.append(buffer.getvalue())
+    with load(made[0], threads=1) as predictor:
+        _, feeds = predictor.prepare(files)
+    assert len(decoded) == 5
+    assert np.array_equal(feeds["pixel_values"], ImageProcessor.from_folder(made[0] / "sliced")(images(5, 12, 10)))
 
 
 def test_infer_takes_tensors(made: Made) -> None:

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,15 @@ def test_texts_in_answers_out(server: Server, bundles: dict[str, Path], head: st
             assert answer["answer"] == right["answer"]
         if head == "embedding":
             assert answer["embedding"] == pytest.approx(right["embedding"].tolist(), abs=1e-6)
+        if head == "regression":
+            assert answer["value"] == pytest.approx(right["value"], abs=1e-6)
+        if head == "token":
+            assert len(answer) == len(right) > 2
+            for word, other in zip(answer, right, strict=True):
+                assert word | {"score": 0} == other | {"score": 0}
+                assert word["score"] == pytest.approx(other["score"], abs=1e-6)
+    if head == "regression":
+        assert found.as_numpy("value") == pytest.approx(np.array([w["value"] for w in wanted]), abs=1e-6)
     if head == "classification":
         assert [x.decode() for x in found.as_numpy("label")] == [w["label"] for w in wanted]
     client.close()
@@ -197,6 +207,38 @@ def test_malformed_requests_are_told(server: Server, body: Any, status: int, sai
     assert post(server, "/v2/models/classification/infer", changed("input_ids"))[0] == 200
 
 
+def long_text(characters: int) -> dict[str, Any]:
+    return {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["good " * (characters // 5)]}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "said"),
+    [
+        ("classification", feeds(1, 67), "Rows of 67 tokens; the model reads 66."),
+        ("classification.answers", long_text(70_000), "Text 0 has 70,000 characters; at most 65,536 are taken."),
+    ],
+)
+def test_what_is_longer_than_the_model_reads_is_refused(server: Server, name: str, body: Any, said: str) -> None:
+    if name == "classification":
+        given, body = body, changed("input_ids")
+        for tensor in body["inputs"]:
+            tensor |= {"shape": [1, 67], "data": given[tensor["name"]].tolist()}
+    else:
+        given = {"text": np.array([body["inputs"][0]["data"][0].encode()], dtype=object)}
+    status, document = post(server, f"/v2/models/{name}/infer", body)
+    assert (status, said in document["error"]) == (413, True), document
+    client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+    with pytest.raises(InferenceServerException, match="INVALID_ARGUMENT"):
+        ask(client, triton_grpc, name, given)
+    client.close()
+
+
+def test_texts_beyond_the_models_length_are_cut(server: Server) -> None:
+    found = [post(server, "/v2/models/classification.answers/infer", long_text(n)) for n in (5_000, 60_000)]
+    assert [status for status, _ in found] == [200, 200]
+    assert found[0][1]["outputs"] == found[1][1]["outputs"]
+
+
 def test_unknown_models_and_versions(server: Server) -> None:
     assert post(server, "/v2/models/nobody/infer", changed("input_ids"))[0] == 404
     assert post(server, "/v2/models/qa/versions/9/infer", changed("input_ids"))[0] == 404
@@ -242,22 +284,42 @@ def test_requests_share_runs_and_get_their_own_answers(bundles: dict[str, Path])
     assert 'deploy_prune_requests_total{code="ok",model="m",protocol="grpc"} 12.0' in metrics
 
 
-def test_a_full_queue_is_said(bundles: dict[str, Path]) -> None:
-    serving = Serving(threads=1, queue_rows=2, most_rows=1, wait=0.0, request_rows=2)
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_full_queue_is_said(bundles: dict[str, Path], protocol: str) -> None:
+    """Let one request of two rows wait for company, which fills the queue."""
+    serving = Serving(threads=1, queue_rows=2, wait=1.0)
     with running({"m": bundles["classification"]}, serving=serving) as server:
-        codes: list[int] = []
-        body = changed("input_ids")
 
-        def one() -> None:
-            codes.append(post(server, "/v2/models/m/infer", body)[0])
+        def one(_: int) -> str:
+            if protocol == "http":
+                return str(post(server, "/v2/models/m/infer", changed("input_ids"))[0])
+            client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+            try:
+                ask(client, triton_grpc, "m", feeds())
+            except InferenceServerException as error:
+                return str(error.status())
+            finally:
+                client.close()
+            return "200"
 
-        threads = [threading.Thread(target=one) for _ in range(40)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert set(codes) <= {200, 503}
-    assert 200 in codes
+        with ThreadPoolExecutor(10) as pool:
+            codes = list(pool.map(one, range(10)))
+        assert codes.count("200") == 1
+        assert codes.count({"http": "503", "grpc": "StatusCode.RESOURCE_EXHAUSTED"}[protocol]) == 9
+        assert one(0) == "200"
+        metrics = metrics_of(server)
+    assert f'deploy_prune_requests_total{{code="busy",model="m",protocol="{protocol}"}} 9.0' in metrics
+
+
+def test_a_short_drain_is_not_none(bundles: dict[str, Path]) -> None:
+    where, serving = {"m": bundles["classification"]}, Serving(threads=1, wait=0.6)
+    with running(where, serving=serving, drain_seconds=0.9) as server, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(post, server, "/v2/models/m/infer", changed("input_ids"))
+        until = time.monotonic() + 10
+        while not waiting(server):
+            assert time.monotonic() < until
+        server.loop.call_soon_threadsafe(server.stop)  # type: ignore[attr-defined]
+        assert asked.result(30)[0] == 200
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
@@ -309,7 +371,13 @@ def test_a_newer_version_takes_over_and_goes_back(bundles: dict[str, Path], tmp_
         (root / "3").mkdir()
         (root / "3" / "manifest.json").write_text("{}")
         status, document = post(server, "/v2/repository/models/m/load", {})
-        assert status >= 400
+        assert (status, "log says why" in document["error"]) == (500, True)  # no fault of the client's
+        assert str(tmp_path) not in document["error"]
+        other = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+        with pytest.raises(InferenceServerException, match="FAILED_PRECONDITION") as raised:
+            other.load_model("m")
+        other.close()
+        assert str(tmp_path) not in str(raised.value)
         assert post(server, "/v2/models/m/infer", changed("input_ids"))[1]["model_version"] == "1"
         client.unload_model("m")
         assert not client.is_model_ready("m")

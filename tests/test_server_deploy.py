@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 pytest.importorskip("tritonclient", reason="the extra 'serve' is not installed")
 from tritonclient.grpc import model_config_pb2 as pb
 
-from deploy_prune.bundle import Bundle
+from deploy_prune.bundle import Artifact, Bundle, Parity
 from deploy_prune.cli import app
 from deploy_prune.errors import InputError
 from deploy_prune.export import export_bundle
@@ -47,11 +48,36 @@ def test_the_repository_is_what_triton_reads(bundle: Bundle, tmp_path: Path) -> 
     assert [(t.name, tuple(t.dims)) for t in model.output] == [("logits", (2,))]
     assert model.HasField("dynamic_batching")
     assert model.model_warmup[0].inputs["input_ids"].dims == [16]
+    assert [(g.count, g.kind) for g in model.instance_group] == [(1, pb.ModelInstanceGroup.KIND_AUTO)]
+    assert [(g.count, g.kind) for g in configs["m-tokenizer"].instance_group] == [(1, pb.ModelInstanceGroup.KIND_CPU)]
+    assert [configs[n].version_policy.latest.num_versions for n in ("m", "m-tokenizer")] == [2, 2]
     steps = configs["m-texts"].ensemble_scheduling.step
     assert [s.model_name for s in steps] == ["m-tokenizer", "m"]
     assert set(steps[0].output_map.values()) == set(steps[1].input_map.values())
     with OrtRunner(tmp_path / "m" / "1" / "model.onnx") as runner:
         assert {i.name for i in runner.inputs} == {t.name for t in model.input}
+
+
+@pytest.mark.parametrize("status", ["passed", "not_run"])
+def test_an_engine_stands_beside_the_model_once_it_was_compared(bundle: Bundle, tmp_path: Path, status: Any) -> None:
+    shutil.copytree(bundle.root, tmp_path / "b")
+    made = Bundle.open(tmp_path / "b")
+    (made.root / "engine.plan").write_bytes(b"an engine")
+    kind: Any = {"variant": "sliced", "format": "tensorrt", "dialect": "engine", "precision": "fp32", "shape": (4, 24)}
+    artifact = Artifact(**kind, path="engine.plan", sha256="", parity=Parity(status=status))
+    made.manifest.artifacts.append(artifact)
+    folders = write_triton(made, tmp_path / "r", name="m", instances=2)
+    assert ("m-tensorrt" in [f.name for f in folders]) == (status == "passed")
+    if status == "passed":
+        engine, model = (settings_of(tmp_path / "r" / name / "config.pbtxt") for name in ("m-tensorrt", "m"))
+        assert (tmp_path / "r" / "m-tensorrt" / "1" / "model.plan").read_bytes() == b"an engine"
+        assert (engine.backend, engine.default_model_filename, engine.max_batch_size) == ("tensorrt", "model.plan", 4)
+        assert [(g.count, g.kind) for g in engine.instance_group] == [(2, pb.ModelInstanceGroup.KIND_GPU)]
+        assert [(g.count, g.kind) for g in model.instance_group] == [(2, pb.ModelInstanceGroup.KIND_AUTO)]
+        assert {(t.name, tuple(t.dims)) for t in engine.input} == {(t.name, (24,)) for t in model.input}
+        assert engine.model_warmup[0].inputs["input_ids"].dims == [24]
+        assert engine.version_policy.latest.num_versions == 2
+        assert engine.HasField("dynamic_batching")
 
 
 def test_a_second_time_is_a_new_version(bundle: Bundle, tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ import pytest
 import torch
 from bundles_tiny import exported_bundle, tiny_model
 from onnx import TensorProto, helper
+from runs_tiny import channel_checkpoint
 from tasks_tiny import tiny_tokenizer
 
-from deploy_prune import npz
+from deploy_prune import bounds, npz
 from deploy_prune.bundle import Bundle
 from deploy_prune.checkpoint import load_dense, load_sliced
 from deploy_prune.config import ALLOW_CODE, ALLOW_PICKLE, PROGRAMS
@@ -129,6 +130,51 @@ def test_a_description_larger_than_its_weights_is_refused(tmp_path: Path, change
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(BundleError, match=words):
         load_sliced(folder)
+
+
+def described(folder: Path, name: str = "config.json", **changes: Any) -> str:
+    """Change what a checkpoint says of itself, and return its folder."""
+    entry = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(entry | changes))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"intermediate_size": 10**7}, "more than 67,108,864 weights"),
+        ({"vocab_size": 10**7}, "more than 67,108,864 weights"),
+        ({"num_hidden_layers": 50}, "more than 100 tensors"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers"),
+        ({"num_labels": 10**12, "id2label": None}, "num_labels"),
+        ({"text_config": {"depths": [3, 10**12]}}, "depths"),
+    ],
+)
+def test_a_dense_checkpoint_asks_for_no_more_than_its_files_hold(
+    source: Path, changes: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "MOST_TENSORS", 100)
+    assert load_dense(str(source), "classification")
+    with pytest.raises(BundleError, match=words):
+        load_dense(described(source, **changes), "classification")
+    torch.nn.Linear(10**4, 10**4, device="meta")  # what is built later is nobody's concern
+
+
+def test_a_factory_makes_no_more_than_its_files_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ALLOW_CODE, "conv_tiny")
+    folder = channel_checkpoint(tmp_path / "model")
+    assert load_dense(str(folder), "classification")
+    described(folder, "module.json", kwargs={"classes": 2 * 10**7})
+    with pytest.raises(BundleError, match="its files do not hold"):
+        load_dense(str(folder), "classification")
+    with pytest.raises(BundleError, match="its files do not hold"):
+        load_sliced(folder)
+
+
+def test_weights_of_other_shapes_than_the_config_are_bad_input(source: Path) -> None:
+    with pytest.raises(InputError, match="Could not load") as raised:
+        load_dense(described(source, intermediate_size=48), "classification")
+    assert "belong together" in raised.value.hint
 
 
 def test_links_out_of_a_bundle_are_not_followed(tmp_path: Path) -> None:

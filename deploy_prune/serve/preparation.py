@@ -29,6 +29,8 @@ _NO_LIMIT = 1_000_000  # tokens; tokenizers without a limit of their own name 10
 class Preparation(Protocol):
     """Make a model's inputs of what people give."""
 
+    most_tokens: int | None  # of a row, beyond which texts are cut; None for images
+
     def check(self, given: Any) -> list[Any]:
         """Return what is given as a list, a single one as a list of one. Raises InputError for the wrong kind."""
         ...
@@ -47,6 +49,8 @@ class Texts:
 
     def __init__(self, tokenizer: Tokenizer, head: str) -> None:
         self.tokenizer, self.head = tokenizer, head
+        cut = tokenizer.truncation
+        self.most_tokens: int | None = int(cut["max_length"]) if cut else None
 
     def check(self, given: Any) -> list[Text]:
         return check_texts(given, self.head)
@@ -62,6 +66,8 @@ class Texts:
 
 class Images:
     """Decode images, and bring them to the model's size, channels and values."""
+
+    most_tokens: int | None = None
 
     def __init__(self, processor: ImageProcessor) -> None:
         pillow()  # without it, say so before the first image
@@ -87,12 +93,17 @@ class Images:
         return images
 
     def prepare(self, batch: Sequence[Any], first: int) -> np.ndarray:
-        images = []
-        for i, image in enumerate(batch, start=first):
-            if isinstance(image, str | Path | bytes):
-                image = open_image(image, f"Image {i}" if isinstance(image, bytes) else f"Image {i}, {image}")
-            images.append(image)
-        return self.processor(images, first)  # (B, C, H, W)
+        values = np.empty((len(batch), *self.processor.output_size), dtype=np.float32)  # (B, C, H, W)
+        for i, image in enumerate(batch):
+            values[i] = self._values(image, first + i)
+        return values
+
+    def _values(self, image: Any, number: int) -> np.ndarray:
+        """Decode one image and forget it again: a small file may be large, and a batch of them beyond any memory."""
+        if isinstance(image, str | Path | bytes):
+            name = f"Image {number}" if isinstance(image, bytes) else f"Image {number}, {image}"
+            image = open_image(image, name)
+        return self.processor([image], number)[0]
 
     def feed(self, name: str, prepared: np.ndarray) -> np.ndarray | None:
         return prepared if name == PIXELS else None

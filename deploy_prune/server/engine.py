@@ -6,13 +6,14 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import DeployPruneError, InputError
 from .batching import Arrays
-from .errors import LateError, NotFoundError
+from .errors import BusyError, LateError, NotFoundError, UnopenedError
 from .metrics import Metrics
 from .models import ANSWERS, Models, Version
 from .tensors import check_finite
@@ -29,13 +30,40 @@ class Answer:
     outputs: Arrays
 
 
+class Held:
+    """Account for the bytes of requests that are held at one time, over both protocols: `most` together."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.bytes = most, 0
+
+    def take(self, count: int) -> None:
+        """Count bytes that have come. Raises BusyError, and counts none, where there is no room for them."""
+        if self.bytes + count > self.most:
+            raise BusyError("The server holds too many other requests.", hint="Ask again later.")
+        self.bytes += count
+
+    def give_back(self, count: int) -> None:
+        """Count bytes that are gone."""
+        self.bytes -= count
+
+    @contextmanager
+    def holding(self, count: int) -> Iterator[None]:
+        """Count bytes while they are used."""
+        self.take(count)
+        try:
+            yield
+        finally:
+            self.give_back(count)
+
+
 @dataclass
 class Engine:
-    """Answer requests; `seconds` bounds the time of each."""
+    """Answer requests; `seconds` bounds the time of each, `held` the memory of all."""
 
     models: Models
     metrics: Metrics = field(default_factory=Metrics)
     seconds: float = 30.0
+    held: Held = field(default_factory=lambda: Held(1 << 29))
 
     def __post_init__(self) -> None:
         self.models.on_load = self.metrics.watch
@@ -95,11 +123,20 @@ class Engine:
         return True
 
     async def load(self, name: str, parameters: Mapping[str, Any] | None) -> Version:
-        """Load the newest version of a model, or go (back) to the one that the parameters name."""
+        """Load the newest version of a model, or go (back) to the one that the parameters name.
+
+        Raises NotFoundError, InputError for what is no version, and UnopenedError for a bundle that cannot be opened.
+        """
         number = (parameters or {}).get("version")
         if number is not None and not re.fullmatch("[0-9]{1,18}", str(number)):
             raise InputError(f"{number!r:.40} is no version.", hint="Give a number.")
-        return await self.models.load(name, None if number is None else int(number))
+        try:
+            return await self.models.load(name, None if number is None else int(number))
+        except (NotFoundError, BusyError):
+            raise
+        except DeployPruneError as error:
+            log.error("not loaded", extra={"model": name, "reason": str(error)})
+            raise UnopenedError(f"{name} cannot be loaded: the server's log says why.") from error
 
     def index(self) -> list[dict[str, str]]:
         """Return every version of every model and its state, as the protocol's repository index has them."""

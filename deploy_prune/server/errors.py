@@ -21,26 +21,32 @@ class TooLargeError(InputError):
     """The request is larger than the server takes."""
 
 
+class UnopenedError(DeployPruneError):
+    """A bundle of the server cannot be opened: none of the client's mistakes, and its log alone says why."""
+
+
 HTTP_STATUS: tuple[tuple[type[Exception], int], ...] = (
     (NotFoundError, 404),
     (BusyError, 503),
     (LateError, 504),
     (TooLargeError, 413),
     (InputError, 400),
+    (UnopenedError, 500),
 )
 GRPC_STATUS: tuple[tuple[type[Exception], str], ...] = (
     (NotFoundError, "NOT_FOUND"),
     (BusyError, "RESOURCE_EXHAUSTED"),
     (LateError, "DEADLINE_EXCEEDED"),
     (InputError, "INVALID_ARGUMENT"),
+    (UnopenedError, "FAILED_PRECONDITION"),
 )
 
 
-def http_status(error: Exception) -> int:
-    """Return the HTTP status of an error; 500 where it is the server's fault."""
-    return next((status for kind, status in HTTP_STATUS if isinstance(error, kind)), 500)
+def http_status(error: Exception) -> int | None:
+    """Return the HTTP status of an error whose message is for clients; None where it is about the server's insides."""
+    return next((status for kind, status in HTTP_STATUS if isinstance(error, kind)), None)
 
 
-def grpc_status(error: Exception) -> str:
-    """Return the name of the gRPC status of an error; INTERNAL where it is the server's fault."""
-    return next((status for kind, status in GRPC_STATUS if isinstance(error, kind)), "INTERNAL")
+def grpc_status(error: Exception) -> str | None:
+    """Return the name of the gRPC status of an error whose message is for clients; None as `http_status` does."""
+    return next((status for kind, status in GRPC_STATUS if isinstance(error, kind)), None)

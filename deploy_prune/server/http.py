@@ -22,10 +22,10 @@ from .. import __version__
 from ..errors import DeployPruneError, InputError
 from .batching import Arrays
 from .connections import is_loopback
-from .engine import Answer, Engine
+from .engine import Answer, Engine, Held
 from .errors import BusyError, LateError, TooLargeError, http_status
 from .models import ANSWERS
-from .tensors import check_shape, datatype_of, from_bytes, from_json, json_of, parameter, to_bytes
+from .tensors import MOST_TENSORS, check_shape, datatype_of, from_bytes, from_json, json_of, parameter, to_bytes
 
 log = logging.getLogger("deploy_prune.server")
 HEADER_LENGTH = "inference-header-content-length"  # of the JSON before raw tensors
@@ -65,8 +65,8 @@ class InferRequest(BaseModel):
 
     id: str | None = Field(None, max_length=200)
     parameters: dict[str, Any] | None = None
-    inputs: list[Tensor] = Field(min_length=1, max_length=64)
-    outputs: list[Wanted] | None = Field(None, max_length=64)
+    inputs: list[Tensor] = Field(min_length=1, max_length=MOST_TENSORS)
+    outputs: list[Wanted] | None = Field(None, max_length=MOST_TENSORS)
 
 
 class LoadRequest(BaseModel):
@@ -89,7 +89,7 @@ def make_app(
     """
     app = FastAPI(title="deploy_prune", version=__version__, docs_url=None, redoc_url=None, strict_content_type=False)
     failures: dict[int | str, dict[str, Any]] = {400: {}, 401: {}, 403: {}, 404: {}, 413: {}, 503: {}, 504: {}}
-    bodies = Bodies(most_bytes, body_seconds)
+    bodies = Bodies(most_bytes, body_seconds, engine.held)
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Any) -> Response:
@@ -173,8 +173,9 @@ def make_app(
                 asked, feeds = await asyncio.to_thread(decode, raw, request.headers, most)
             else:
                 asked, feeds = decode(raw, request.headers, most)
-        answer = await engine.infer("http", name, version, feeds, [w.name for w in asked.outputs or ()])
-        return encode(answer, asked)
+            # Still inside: raw tensors are views of the body, which is held as long as they wait.
+            answer = await engine.infer("http", name, version, feeds, [w.name for w in asked.outputs or ()])
+            return encode(answer, asked)
 
     @app.post("/v2/repository/index")
     async def index() -> list[dict[str, str]]:
@@ -182,7 +183,7 @@ def make_app(
 
     @app.post(
         "/v2/repository/models/{name}/load",
-        responses=failures,
+        responses={**failures, 500: {}},
         openapi_extra=body_of(LoadRequest, required=False),
     )
     async def load(request: Request, name: Name) -> dict[str, str]:
@@ -215,13 +216,10 @@ def foreign(headers: Mapping[str, str], loopback: bool) -> str:
 
 
 class Bodies:
-    """Read the bodies of requests: each of `most_bytes` at most, in `seconds`, and `TOGETHER` such at one time."""
+    """Read the bodies of requests: each of `most_bytes` at most, in `seconds`, all that are held counted in `held`."""
 
-    TOGETHER = 8
-
-    def __init__(self, most_bytes: int, seconds: float) -> None:
-        self.most_bytes, self.seconds = most_bytes, seconds
-        self.held = 0
+    def __init__(self, most_bytes: int, seconds: float, held: Held) -> None:
+        self.most_bytes, self.seconds, self.held = most_bytes, seconds, held
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
@@ -239,21 +237,22 @@ class Bodies:
         async def read() -> None:
             nonlocal size
             async for part in request.stream():
+                self.held.take(len(part))
                 size += len(part)
-                self.held += len(part)
                 parts.append(part)
                 if size > self.most_bytes:
                     raise TooLargeError(f"The body has more than {self.most_bytes:,} bytes.")
-                if self.held > self.TOGETHER * self.most_bytes:
-                    raise BusyError("The server reads too many other bodies.", hint="Ask again later.")
 
         try:
-            await asyncio.wait_for(read(), self.seconds)
-            yield b"".join(parts)
-        except TimeoutError as error:
-            raise LateError(f"The body did not arrive within {self.seconds:g} seconds.") from error
+            try:
+                await asyncio.wait_for(read(), self.seconds)
+            except TimeoutError as error:
+                raise LateError(f"The body did not arrive within {self.seconds:g} seconds.") from error
+            raw = b"".join(parts)
+            parts.clear()
+            yield raw
         finally:
-            self.held -= size
+            self.held.give_back(size)
 
 
 def body_of(model: type[BaseModel], required: bool = True) -> dict[str, Any]:
@@ -301,6 +300,7 @@ def decode(raw: bytes, headers: Mapping[str, str], most_elements: int) -> tuple[
             raise InputError(f"Input {tensor.name} has no data.")
         else:
             feeds[tensor.name] = from_json(tensor.name, tensor.datatype, shape, tensor.data)
+            tensor.data = None  # many times as large as the array, while the request waits
     if at != len(raw):
         raise InputError(f"{len(raw) - at} bytes are left over behind the inputs.")
     return asked, feeds
@@ -342,7 +342,7 @@ def _said(status: int, message: str, headers: Mapping[str, str] | None = None) -
 
 def _failed(error: Exception) -> Response:
     """Return what the client is told: the reason of its own mistakes, and a number for the server's."""
-    if isinstance(error, DeployPruneError) and (status := http_status(error)) != 500:
+    if isinstance(error, DeployPruneError) and (status := http_status(error)) is not None:
         hint = f" {error.hint}" if error.hint else ""
         retry = {"retry-after": "1"} if isinstance(error, BusyError) else None
         return _said(status, f"{error.message}{hint}", retry)

@@ -18,6 +18,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._watched: dict[tuple[str, str], Version] = {}
         prefix = "deploy_prune"
         self.requests = Counter(
             f"{prefix}_requests", "Requests by how they ended.", ("protocol", "model", "code"), registry=self.registry
@@ -53,14 +54,21 @@ class Metrics:
         self.latency.labels(protocol, model).observe(seconds)
 
     def watch(self, version: Version) -> None:
-        """Count the runs of a version from now on."""
+        """Count the runs of a version from now on, until it is closed."""
         labels = (version.name, str(version.number))
 
         def on_run(rows: int, seconds: float) -> None:
             self.run_seconds.labels(*labels).observe(seconds)
             self.run_rows.labels(*labels).observe(rows)
 
-        version.on_run = on_run
+        def on_close() -> None:  # the gauge alone would keep the version for ever
+            if self._watched.get(labels) is version:  # it may have been opened again meanwhile
+                del self._watched[labels]
+                for metric in (self.run_seconds, self.run_rows, self.waiting):
+                    metric.remove(*labels)
+
+        version.on_run, version.on_close = on_run, on_close
+        self._watched[labels] = version
         self.waiting.labels(*labels).set_function(lambda: version.batcher.rows)
 
     def text(self) -> bytes:

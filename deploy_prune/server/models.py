@@ -30,7 +30,9 @@ log = logging.getLogger("deploy_prune.server")
 ANSWERS = ".answers"  # behind a model's name: texts or images in, answers out
 MANIFEST = "manifest.json"
 WARM_ROWS = (1, 2)
-KEPT_VERSIONS = 2  # the default and the one before it, to go back to
+TOKEN_CHARACTERS = 128  # for each token that a model reads: longer texts are refused before they are tokenised and cut
+SHORT_TOKENS = 512  # texts of so many tokens are taken whatever the model reads
+LONG_TEXT = 1 << 20  # characters that no text may have
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,18 @@ class Serving:
 
 
 class Version:
-    """Hold one open bundle, ready to answer; made by `Version.open`."""
+    """Hold one open bundle, ready to answer; made by `Version.open`. `sample` are the outputs of a run of it."""
 
-    def __init__(self, name: str, number: int, root: Path, digest: str, predictor: Predictor, serving: Serving) -> None:
-        self.name, self.number, self.root, self.digest = name, number, root, digest
+    def __init__(
+        self, name: str, number: int, digest: str, predictor: Predictor, serving: Serving, sample: Arrays
+    ) -> None:
+        self.name, self.number, self.digest = name, number, digest
         self.predictor, self.serving = predictor, serving
         self.using = 0
         self.signature = Signature.of_manifest(predictor.bundle.manifest.model)
         self.head = predictor.head
         self.on_run: Callable[[int, float], None] = lambda rows, seconds: None
+        self.on_close: Callable[[], None] = lambda: None
         per_token = {"token": ("logits",), "qa": ("start_logits", "end_logits")}.get(self.head, ())
         pads = None if self.signature.image else {"input_ids": int(predictor.bundle.manifest.model.get("pad_id", 0))}
         self.batcher = Batcher(
@@ -69,22 +74,24 @@ class Version:
             wait=serving.wait,
             on_run=lambda rows, seconds: self.on_run(rows, seconds),
         )
+        free = {n: [-1, *([-1, *a.shape[2:]] if n in per_token else a.shape[1:])] for n, a in sample.items()}
+        self._outputs = [{"name": n, "datatype": datatype_of(sample[n]), "shape": shape} for n, shape in free.items()]
 
     @classmethod
     async def open(cls, name: str, number: int, root: Path, serving: Serving) -> Version:
         """Open a bundle and run it once at some sizes, away from the event loop."""
         digest = sha256_file(root / MANIFEST)
 
-        def work() -> Predictor:
+        def work() -> tuple[Predictor, Arrays]:
             predictor = open_bundle(
                 *(root, serving.runtime, serving.variant, serving.precision, serving.threads),
                 public_key=serving.public_key,
             )
-            for rows in WARM_ROWS:
-                predictor.infer(warm_feeds(predictor, rows))
-            return predictor
+            runs = [predictor.infer(warm_feeds(predictor, rows)) for rows in WARM_ROWS]
+            return predictor, runs[0]
 
-        return cls(name, number, root, digest, await asyncio.to_thread(work), serving)
+        predictor, sample = await asyncio.to_thread(work)
+        return cls(name, number, digest, predictor, serving, sample)
 
     async def infer(self, feeds: Arrays) -> Arrays:
         """Return the outputs of raw inputs, checked first, so that one bad request spoils no batch."""
@@ -95,6 +102,7 @@ class Version:
             raise BusyError("The model is being unloaded.", hint="Ask again.")
         check_feeds(runner.inputs, feeds)
         self._check_rows(len(next(iter(feeds.values()))))
+        self._check_tokens(feeds)
         self._check_values(feeds)
         return await self.batcher.infer(feeds)
 
@@ -102,15 +110,17 @@ class Version:
         """Return the answers of texts or images."""
         rows = self.predictor.preparation.check(list(given))
         self._check_rows(len(rows))
+        self._check_texts(rows)
         prepared, feeds = await asyncio.to_thread(self.predictor.prepare, rows)
         outputs = await self.batcher.infer(feeds)
         return self.predictor.answers(outputs, prepared, rows)
 
     async def close(self) -> None:
-        """Let what is running end, and free the model."""
-        await self.batcher.close()
+        """Let every request end that has begun, those too that are not in the queue yet, and free the model."""
         while self.using:
             await asyncio.sleep(0.01)
+        await self.batcher.close()
+        self.on_close()
         await asyncio.to_thread(self.predictor.close)
 
     def inputs(self) -> list[dict[str, Any]]:
@@ -128,10 +138,7 @@ class Version:
 
     def outputs(self) -> list[dict[str, Any]]:
         """Return the raw outputs as the protocol's metadata has them."""
-        variant, per_token = self.serving.variant, self.batcher.merging.per_token
-        shapes = {n: a.shape for case in self.predictor.bundle.golden()[:1] for n, a in case.outputs[variant].items()}
-        free = {n: [-1, *([-1, *shape[2:]] if n in per_token else shape[1:])] for n, shape in shapes.items()}
-        return [{"name": name, "datatype": "FP32", "shape": shape} for name, shape in free.items()]
+        return self._outputs
 
     def answer_inputs(self) -> list[dict[str, Any]]:
         """Return what the answering side of the model takes."""
@@ -188,6 +195,26 @@ class Version:
         if rows > most:
             raise TooLargeError(f"The request has {rows} rows; at most {most} are taken.", hint="Send several.")
 
+    def _check_tokens(self, feeds: Arrays) -> None:
+        """Raise TooLargeError for rows that are longer than the model reads: memory grows with their square."""
+        most = self.predictor.preparation.most_tokens
+        if most is not None and (longest := max(a.shape[1] for a in feeds.values())) > most:
+            raise TooLargeError(f"Rows of {longest:,} tokens; the model reads {most:,}.", hint="Cut them.")
+
+    def _check_texts(self, rows: Sequence[Any]) -> None:
+        """Raise TooLargeError for a text that is so long that all but its beginning would be tokenised for nothing."""
+        tokens = self.predictor.preparation.most_tokens
+        if tokens is None:
+            return
+        most = min(TOKEN_CHARACTERS * max(tokens, SHORT_TOKENS), LONG_TEXT)
+        for i, row in enumerate(rows):
+            longest = max(len(text) for text in ((row,) if isinstance(row, str) else row))
+            if longest > most:
+                raise TooLargeError(
+                    f"Text {i} has {longest:,} characters; at most {most:,} are taken.",
+                    hint=f"The model reads {tokens:,} tokens of it: send its beginning.",
+                )
+
     def _check_values(self, feeds: Arrays) -> None:
         """Raise InputError for token ids that a runtime would read beyond its tables with."""
         ids = feeds.get("input_ids")
@@ -217,7 +244,8 @@ class Entry:
     versions: dict[int, Version] = field(default_factory=dict)
     default: int | None = None
     previous: int | None = None
-    newest: int = 0  # ever loaded: a version that was rolled back is not new again
+    newest: int = 0  # ever loaded: a version that was rolled back, or unloaded, is not new again
+    newest_digest: str = ""
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -268,7 +296,8 @@ class Models:
                     raise NotFoundError(f"There is no version {number} of {name}.")
                 version = await Version.open(name, number, root, entry.serving)
                 entry.versions[number] = version
-                entry.newest = max(entry.newest, number)
+                if number >= entry.newest:
+                    entry.newest, entry.newest_digest = number, version.digest
                 self.on_load(version)
                 log.info("loaded", extra={"model": name, "version": number, "bundle": str(root)})
             if entry.default != number:
@@ -336,8 +365,8 @@ class Models:
     def _number_of_single(self, entry: Entry) -> int:
         """Return the number of the bundle that lies at a single source now: a new one when it was replaced."""
         digest = sha256_file(entry.source / MANIFEST)
-        known = next((v.number for v in entry.versions.values() if v.digest == digest), None)
-        return entry.newest + 1 if known is None else known
+        known = {entry.newest_digest: entry.newest, **{v.digest: v.number for v in entry.versions.values()}}
+        return known.get(digest, entry.newest + 1)
 
 
 def sources(folder: Path) -> dict[int, Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import ssl
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from pythonjsonlogger.json import JsonFormatter
 from ..errors import InputError, SystemStateError
 from . import rpc
 from .connections import MOST_HEADER_BYTES, TimedProtocol, is_loopback
-from .engine import Engine
+from .engine import Engine, Held
 from .http import make_app
 from .models import Models, Serving
 
@@ -26,6 +27,7 @@ log = logging.getLogger("deploy_prune.server")
 KEEP_ALIVE = 5  # seconds an idle connection stays open
 DENSE = "-dense"  # behind the name of a dense model that is served beside another
 POLL = 2.0  # seconds between looks at the bundles on disk
+HELD_TOGETHER = 8  # requests of the largest size, whose bytes are held at one time
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Server:
         """
         loop = asyncio.get_running_loop()
         models = Models(self.serving)
-        engine = Engine(models, seconds=self.listening.request_seconds)
+        held = Held(HELD_TOGETHER * self.listening.most_bytes)
+        engine = Engine(models, seconds=self.listening.request_seconds, held=held)
         for name, source in self.models.items():
             models.add(name, source)
             if self.compare:
@@ -141,7 +144,7 @@ class Server:
             access_log=False,
             timeout_keep_alive=KEEP_ALIVE,
             limit_concurrency=listening.connections,
-            timeout_graceful_shutdown=int(listening.drain_seconds),
+            timeout_graceful_shutdown=math.ceil(listening.drain_seconds),  # uvicorn takes whole seconds
             server_header=False,
         )
         server = uvicorn.Server(config)
@@ -183,6 +186,7 @@ class Server:
                 token=listening.token,
                 most_bytes=listening.most_bytes,
                 most_calls=listening.connections,
+                message_seconds=listening.body_seconds,
                 credentials=credentials,
             )
         except RuntimeError as error:

@@ -33,6 +33,7 @@ DTYPES = {
 BYTES = "BYTES"
 NAMES = {np.dtype(kind): name for name, kind in DTYPES.items()}
 MOST_AXES = 8
+MOST_TENSORS = 64  # of a request, in or out
 
 
 def check_shape(name: str, datatype: str, shape: Sequence[Any], most_elements: int) -> tuple[int, ...]:

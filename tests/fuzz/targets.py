@@ -5,11 +5,17 @@ The first byte of some inputs chooses a variant of the format, so that one corpu
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 
 from deploy_prune import images
 from deploy_prune.bundle import Bundle
@@ -140,6 +146,54 @@ def grpc(data: bytes) -> None:
         to_bytes(array)
 
 
+def served(data: bytes) -> None:
+    """Check a decoded request as a model of token ids does before it runs, or read its texts."""
+    from deploy_prune.server.http import decode
+
+    _, feeds = decode(data, {}, MOST_ELEMENTS)
+    if "text" in feeds:
+        small_version().read_given(feeds)
+    else:
+        asyncio.run(small_version().infer(feeds))
+
+
+@cache
+def small_version() -> Any:
+    """Return a model of at most 8 tokens of a vocabulary of 100, which answers nothing."""
+    from deploy_prune.runtimes.base import TensorSpec
+    from deploy_prune.server.models import Serving, Version
+
+    class Batcher:
+        async def infer(self, feeds: Any) -> Any:
+            return {}
+
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    specs = tuple(TensorSpec(n, np.dtype(np.int64), ("batch", "sequence")) for n in names)
+    version: Any = Version.__new__(Version)
+    version.predictor = SimpleNamespace(
+        runner=SimpleNamespace(inputs=specs), preparation=SimpleNamespace(most_tokens=8), vocabulary=100, token_types=2
+    )
+    version.serving, version.batcher = Serving(), Batcher()
+    version.signature, version.head = SimpleNamespace(image=None), "classification"
+    return version
+
+
+def message(data: bytes) -> None:
+    """Decode a request over gRPC that is written as JSON, so that its shapes and contents are what is changed."""
+    from google.protobuf import json_format
+    from tritonclient.grpc import service_pb2 as pb
+
+    from deploy_prune.server.rpc import decode
+    from deploy_prune.server.tensors import to_bytes
+
+    try:
+        request = json_format.Parse(data, pb.ModelInferRequest(), ignore_unknown_fields=True)
+    except (json_format.Error, ValueError, TypeError, OverflowError, RecursionError):
+        return  # it is none, whatever the client's language
+    for array in decode(request, MOST_ELEMENTS).values():
+        to_bytes(array)
+
+
 def attempt(read: Callable[[], object]) -> None:
     """Read; a refusal is fine, and the next reader has its turn."""
     with contextlib.suppress(DeployPruneError):
@@ -147,7 +201,7 @@ def attempt(read: Callable[[], object]) -> None:
 
 
 TARGETS: dict[str, Target] = {
-    f.__name__: f for f in (manifest, plan, recipe, lut, npz, separated, json, image, http, grpc)
+    f.__name__: f for f in (manifest, plan, recipe, lut, npz, separated, json, image, http, grpc, served, message)
 }
 
 

@@ -1,0 +1,177 @@
+"""Models of the server by version: loaded and warmed before they answer, closed with nothing lost and nothing left."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import shutil
+import threading
+import time
+import urllib.error
+import urllib.request
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles_tiny import exported_bundle
+
+pytest.importorskip("tritonclient", reason="the extra 'serve' is not installed")
+import tritonclient.grpc as triton_grpc
+from servers_tiny import running
+
+from deploy_prune.bundle import Bundle
+from deploy_prune.serve.loader import Predictor
+from deploy_prune.server.engine import Engine
+from deploy_prune.server.models import WARM_ROWS, Models, Serving
+from deploy_prune.server.run import Server
+
+TEXT = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a fine film"]}]}
+LOAD = "/v2/repository/models/m/load"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported_bundle(tmp_path_factory.mktemp("versions")).root
+
+
+def ask(server: Server, path: str, body: Any = None) -> tuple[int, Any]:
+    raw = None if body is None else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}{path}", raw, timeout=60) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_a_model_is_not_ready_before_it_is_warm(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, rows, real_infer = threading.Event(), [], Predictor.infer
+
+    def infer(self: Predictor, feeds: Any) -> Any:
+        assert go.wait(60)
+        rows.append(len(feeds["input_ids"]))
+        return real_infer(self, feeds)
+
+    def answers(server: Server) -> bool:
+        try:
+            return ask(server, "/v2/health/live")[0] == 200
+        except urllib.error.URLError:
+            return False
+
+    monkeypatch.setattr(Predictor, "infer", infer)
+    with running({"m": made}, loaded=False) as server:
+        try:
+            wait_until(lambda: answers(server))
+            client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+            assert ask(server, "/v2/health/live") == (200, {"live": True})
+            assert ask(server, "/v2/health/ready") == (503, {"ready": False})
+            assert ask(server, "/v2/models/m/ready") == (503, {"name": "m", "ready": False})
+            assert ask(server, "/v2/models/m.answers/infer", TEXT)[0] == 503
+            assert ask(server, "/v2/repository/index", {})[1][0]["state"] == "UNAVAILABLE"
+            assert not client.is_server_ready()
+            assert not client.is_model_ready("m")
+            assert rows == []
+        finally:
+            go.set()
+        wait_until(lambda: ask(server, "/v2/health/ready")[0] == 200)
+        assert rows == list(WARM_ROWS)
+        assert client.is_server_ready()
+        client.close()
+
+
+def test_closed_versions_leave_nothing_behind(made: Path) -> None:
+    feeds = {n: np.ones((1, 3), np.int64) for n in ("input_ids", "attention_mask")}
+    feeds["token_type_ids"] = np.zeros((1, 3), np.int64)
+
+    async def main() -> tuple[list[Any], list[str]]:
+        models, closed = Models(Serving(threads=1)), []
+        engine = Engine(models)
+        models.add("m", made)
+        for _ in range(2):
+            version = await models.load("m")
+            await version.infer(feeds)
+            closed.append(weakref.ref(version))
+            del version
+            assert 'deploy_prune_run_rows_count{model="m",version="1"} 1.0' in engine.metrics.text().decode()
+            await models.unload("m")
+        gc.collect()
+        return [reference() for reference in closed], engine.metrics.text().decode().splitlines()
+
+    alive, lines = asyncio.run(main())
+    assert alive == [None, None]
+    assert [line for line in lines if 'version="' in line] == []
+
+
+def test_a_version_that_goes_answers_what_it_has_begun(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go, prepare = threading.Event(), threading.Event(), Predictor.prepare
+
+    def slow(self: Predictor, rows: Any, first: int = 0) -> Any:
+        begun.set()
+        assert go.wait(60)
+        return prepare(self, rows, first)
+
+    shutil.copytree(made, tmp_path / "1")
+    with running({"m": tmp_path}) as server, ThreadPoolExecutor(2) as pool:
+        try:
+            monkeypatch.setattr(Predictor, "prepare", slow)
+            asked = pool.submit(ask, server, "/v2/models/m.answers/infer", TEXT)
+            assert begun.wait(30)
+            shutil.copytree(made, tmp_path / "2")
+            assert ask(server, LOAD, {})[1]["version"] == "2"
+            shutil.copytree(made, tmp_path / "3")
+            loading = pool.submit(ask, server, LOAD, {})  # ends when version 1 is closed
+            wait_until(lambda: ask(server, "/v2/models/m")[1]["versions"] == ["2", "3"])
+            time.sleep(0.2)
+        finally:
+            go.set()
+        status, said = asked.result(60)
+        assert (status, said.get("model_version")) == (200, "1"), said
+        assert loading.result(60) == (200, {"name": "m", "version": "3"})
+
+
+def test_metadata_is_of_the_open_version_whatever_lies_on_disk(made: Path, tmp_path: Path) -> None:
+    root = tmp_path / "bundle"
+    shutil.copytree(made, root)
+    with running({"m": root}) as server:
+        before = ask(server, "/v2/models/m")
+        assert before[0] == 200
+        assert before[1]["outputs"] == [{"name": "logits", "datatype": "FP32", "shape": [-1, 2]}]
+        shutil.rmtree(root / "golden")
+        assert ask(server, "/v2/models/m") == before
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["folder", "in place"])
+def test_polling_does_not_load_what_was_unloaded(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single: bool
+) -> None:
+    monkeypatch.setattr("deploy_prune.server.run.POLL", 0.05)
+    root = tmp_path / "models"
+    shutil.copytree(made, root if single else root / "1")
+    with running({"m": root}, poll=True) as server:
+        assert ask(server, "/v2/repository/models/m/unload", {})[0] == 200
+        time.sleep(0.5)  # several looks
+        assert ask(server, "/v2/models/m/ready")[0] == 503
+        assert ask(server, LOAD, {}) == (200, {"name": "m", "version": "1"})
+        assert ask(server, "/v2/repository/models/m/unload", {})[0] == 200
+        if single:
+            replaced = Bundle.open(root)
+            replaced.manifest.task["labels"] = ["bad", "good"]
+            replaced.commit()
+        else:
+            shutil.copytree(made, tmp_path / "new")
+            (tmp_path / "new").rename(root / "2")
+        wait_until(lambda: ask(server, "/v2/models/m/ready")[0] == 200)  # that one is new
+        assert ask(server, "/v2/models/m.answers/infer", TEXT)[1]["model_version"] == "2"
