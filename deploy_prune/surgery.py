@@ -20,7 +20,8 @@ from .masking import Updates, mask_model, scatter
 from .slicing import slice_model
 from .units import ChannelGroup, SlicePlan, UnitGroup
 
-CHANNEL_TOLERANCE = 1e-4  # a hundred layers of sums in another order, each rescaled by a batch norm
+# A hundred layers of sums in another order, on a GPU by another algorithm, each rescaled by a batch norm.
+CHANNEL_TOLERANCE = 1e-4
 TRIED_IMAGES = 2
 
 
