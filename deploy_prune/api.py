@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .archs import check_config, is_convolutional
+from .archs import check_model, is_convolutional, of_transformers
 from .bundle import Bundle, Variant
 from .calibration import sample_indices
 from .checkpoint import load_variant
@@ -46,7 +46,7 @@ def prune(
     """
     options = options or Options(label_free=is_convolutional(model))
     if not is_convolutional(model):
-        check_config(model.config)
+        check_model(model)
     if not isinstance(budget, Budget):
         if not isinstance(budget, int | float):
             raise InputError(f"The budget {budget!r} is neither a number nor a Budget.")
@@ -96,7 +96,7 @@ def export_onnx(
 def _inputs(
     model: nn.Module, names: Sequence[str] | None, image: tuple[int, int, int] | None
 ) -> Signature | Sequence[str]:
-    config: Any = getattr(model, "config", None) or getattr(model, "module_config", None)
+    config: Any = model.config if of_transformers(model) else getattr(model, "module_config", None)
     if image is None and names is not None:
         return names
     if image is None and config is not None and not takes_images(config):
@@ -111,8 +111,7 @@ def _inputs(
 
 
 def _head(model: nn.Module) -> HeadKind:
-    config = getattr(model, "config", None)
-    return "classification" if config is None else model_head(config, type(model).__name__)
+    return model_head(model.config, type(model).__name__) if of_transformers(model) else "classification"
 
 
 def load(bundle: str | Path | Bundle, variant: Variant = "sliced") -> Any:

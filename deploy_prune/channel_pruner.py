@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .archs.conv import ChannelGraph
+from .archs.conv import ChannelGraph, trace_sliced
 from .calibration import CalibrationStats, check_finite, hash_rows
 from .channel_calibration import calibrate_channels
 from .channel_costs import channel_limits
@@ -44,8 +44,12 @@ class ChannelPruner(Pruner):
 
     def find_surgery(self) -> ChannelSurgery:
         """Trace the model, and try every group's cut. Raises UnsupportedModelError, with the reasons, for none."""
+        return channel_surgery(self.model, self.some_images(), residual=self.residual)
+
+    def some_images(self) -> torch.Tensor:
+        """Return a few calibration images (B, C, H, W), to trace the model by."""
         (images,) = next(iter(self.batches)).to(self.device).inputs.values()
-        return channel_surgery(self.model, images[:TRIED_IMAGES], residual=self.residual)
+        return images[:TRIED_IMAGES]
 
     @property
     def graph(self) -> ChannelGraph:
@@ -93,16 +97,17 @@ class ChannelPruner(Pruner):
     def rescore(
         self, plan: SlicePlan, student: nn.Module | None, updates: Updates, options: Options, progress: Progress
     ) -> tuple[Scores, float]:
-        """Return every channel's score in the sliced network, traced anew, and its mean loss."""
+        """Return every channel's score in the sliced network, and its mean loss.
+
+        Channels that nothing makes or reads any more are worth nothing.
+        """
         criterion = get_criterion(options.criterion)
         smaller = self.surgery.slice(plan, updates) if student is None else student
-        inner = ChannelPruner(smaller, self.head, self.rows, residual=self.residual, reporter=self.reporter)
+        inner = _Smaller(self, plan, smaller)
         stats = inner.statistics(smaller, options, criterion, progress)
-        found = criterion(inner.evidence(smaller, options, stats))
         scores = {g.name: np.zeros(g.size) for g in self.groups}
-        for g in self.groups:
-            if plan[g.name].count:  # a group of none is no longer there
-                scores[g.name][list(plan[g.name].kept)] = found[g.name]
+        for name, values in criterion(inner.evidence(smaller, options, stats)).items():
+            scores[name][list(plan[name].kept)] = values
         return scores, float(stats.mean_loss)
 
     def evidence(
@@ -170,3 +175,14 @@ class ChannelPruner(Pruner):
     def _images(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         (images,) = inputs.values()
         return images
+
+
+class _Smaller(ChannelPruner):
+    """Take the statistics of what a plan leaves of a network, in the whole one's groups."""
+
+    def __init__(self, whole: ChannelPruner, plan: SlicePlan, smaller: nn.Module) -> None:
+        self.whole, self.plan = whole, plan
+        super().__init__(smaller, whole.head, whole.rows, residual=whole.residual, reporter=whole.reporter)
+
+    def find_surgery(self) -> ChannelSurgery:
+        return ChannelSurgery(self.model, trace_sliced(self.whole.graph, self.plan, self.model, self.some_images()))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .archs import of_transformers
 from .archs.conv import ChannelGraph
 from .channel_masking import mask_channels, write_projection
 from .errors import InputError, UnsupportedModelError
@@ -45,7 +46,7 @@ def slice_channels(model: nn.Module, graph: ChannelGraph, plan: SlicePlan, updat
     sliced.load_state_dict(_sliced_state(model, graph, plan), strict=True)
     for path, new in (updates or {}).items():
         write_projection(sliced, graph.layer(path), new)
-    if hasattr(sliced, "config"):
+    if of_transformers(sliced):
         sliced.config.deploy_prune = spec  # type: ignore[union-attr]
     else:
         sliced.deploy_prune = spec  # type: ignore[assignment]

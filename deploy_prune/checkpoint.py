@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from . import modeling_sliced
-from .archs import check_prunable, config_of
+from .archs import check_prunable, config_of, of_transformers
 from .bounds import LARGEST_CUT, bounded_weights, check_counts
 from .bundle import Bundle, Variant, disk_errors, sha256_file
 from .config import pickle_allowed
@@ -91,10 +91,10 @@ def load_dense(source: str, head: HeadKind) -> Dense:
     if images and head != "classification":
         raise InputError(f"{source} takes images: it can only classify them here.", hint="Name an image task.")
     if isinstance(config, ModuleConfig):
-        with bounded_weights(source, _weight_bytes(source)):
-            model = load_module(str(_module_folder(source)))
+        with _loading(source), bounded_weights(source, _weight_bytes(source)):
+            model, processor = load_module(str(_module_folder(source))), load_processor(source, config)
         check_weights(model, source)
-        return Dense(model, load_processor(source, config), source, _hash_source(source))
+        return Dense(model, processor, source, _hash_source(source))
     auto = getattr(transformers, IMAGE_CLASS if images else AUTO_CLASSES[head])
     _refuse_pickles(source)
     safe = {"use_safetensors": None if pickle_allowed() else True, "weights_only": True, "trust_remote_code": False}
@@ -114,15 +114,17 @@ def load_dense(source: str, head: HeadKind) -> Dense:
 
 
 def load_processor(source: str, config: Any) -> Any:
-    """Load the tokenizer or image processor of a checkpoint, from a hub id or a local folder."""
+    """Load the tokenizer or image processor of a checkpoint, from a hub id or a local folder.
+
+    Raises InputError for a folder without preprocessor_config.json, or with one that does not fit the model.
+    """
     if not takes_images(config):
         return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if getattr(config, "processor", None):
         return ImageProcessor.from_dict(config.processor, config)
-    path = transformers.utils.cached_file(source, SETTINGS)
-    if path is None:
-        raise InputError(f"{source} has no {SETTINGS}.", hint="Save the image processor with the model.")
-    processor = ImageProcessor.from_folder(Path(path).parent, config)
+    local = Path(source).is_dir()
+    folder = Path(source) if local else Path(str(transformers.utils.cached_file(source, SETTINGS))).parent
+    processor = ImageProcessor.from_folder(folder, config)
     check_fit(processor, config)
     return processor
 
@@ -152,7 +154,7 @@ def save_sliced(model: nn.Module, processor: Any, folder: Path) -> list[Path]:
     Returns the files: safetensors, config, tokenizer or image processor, and modeling_sliced.py; of a model that is
     no transformer those of `save_module`.
     """
-    if not hasattr(model, "config"):
+    if not of_transformers(model):
         return sorted(save_module(model, folder, processor=processor))
     config: Any = model.config
     stock = type(model).__name__

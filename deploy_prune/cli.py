@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from . import __version__, cli_export, cli_gate, cli_lab, cli_serve, cli_sign, cli_sweep, cli_tune, screen
 from .bundle import Bundle, disk_errors, locked, make_room, write_atomically
-from .config import ALLOW_CODE, ALLOW_PICKLE, BenchSettings, Recipe
+from .config import ALLOW_CODE, ALLOW_PICKLE, ENGINES, PROGRAMS, BenchSettings, Recipe, allowed_code
 from .errors import DeployPruneError, DismissedError, MissingExtraError, SystemStateError, VerdictError
 from .flags import BundleArg, Json, recipe_command, settings_command
 from .signature import Signature
@@ -279,8 +279,9 @@ def _global(
     ] = False,
 ) -> None:
     if allow_code:  # in the environment, so that the processes that measure see it
-        sys.path.insert(0, os.getcwd())  # as theirs have it
         os.environ[ALLOW_CODE] = ",".join(filter(None, [os.environ.get(ALLOW_CODE, ""), *allow_code]))
+    if {*allowed_code()} - {PROGRAMS, ENGINES} and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as theirs have it: a module may lie in the working folder
     if allow_pickle:
         os.environ[ALLOW_PICKLE] = "1"
     if version:

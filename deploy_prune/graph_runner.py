@@ -94,7 +94,10 @@ def _bind(model: nn.Module, program: Any) -> tuple[Values, list[Node]]:
     signature = program.graph_signature
     owned = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     constants = getattr(signature, "inputs_to_lifted_tensor_constants", {})
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors: dict[str, Tensor] = {  # one under two names may go by either
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     fixed: Values = {}
     inputs = []
     for node in program.graph.nodes:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .archs import of_transformers
 from .tasks.base import HeadKind
 
 IGNORE = -100  # label of a token that does not count
@@ -32,7 +33,7 @@ class Head:
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the model on inputs (B, T) and return its named outputs."""
-        if not hasattr(model, "config"):  # a plain module: its inputs have names of its own
+        if not of_transformers(model):  # a plain module: its inputs have names of its own
             return self.read(model(*batch.values()), batch)
         return self.read(model(**batch), batch)
 

@@ -23,6 +23,15 @@ _CLIP = {
     "default_to_square": False,
 }
 _EVERY = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+_MOBILENET = {
+    **_EVERY,
+    **_STANDARD,
+    "resample": BILINEAR,
+    "size": {"shortest_edge": 256},
+    "crop_size": {"height": 224, "width": 224},
+    "do_center_crop": True,
+    "default_to_square": False,
+}
 # What each processor does where its file is silent. Source: transformers, models/*/image_processing_pil_*.py.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "ViT": {**_EVERY, **_STANDARD, "resample": BILINEAR, "size": {"height": 224, "width": 224}},
@@ -44,6 +53,17 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "crop_pct": 224 / 256,
         "default_to_square": False,
     },
+    "MobileNetV1": _MOBILENET,
+    "MobileNetV2": _MOBILENET,
+    "EfficientNet": {
+        **_EVERY,
+        **_STANDARD,
+        "resample": _BICUBIC,
+        "size": {"height": 346, "width": 346},
+        "crop_size": {"height": 289, "width": 289},
+        "rescale_offset": False,
+        "include_top": True,
+    },
 }
 _READ = {"size", "crop_size", "crop_pct", "resample", "rescale_factor", "image_mean", "image_std", "default_to_square"}
 _READ |= {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}
@@ -59,7 +79,7 @@ def read_settings(settings: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """
     family = _family(settings)
     given = {k: v for k, v in settings.items() if v is not None and k not in _IDLE}
-    _refuse_unknown(given)
+    _refuse_unknown({k: v for k, v in given.items() if k not in _DEFAULTS[family]})
     s = {**_DEFAULTS[family], **given}
     channels = _channels(s, config)
     resize = _resize_of(s) if s["do_resize"] else None
@@ -82,8 +102,10 @@ def read_settings(settings: Mapping[str, Any], config: Any) -> dict[str, Any]:
         "resample": resample,
         "crop": crop,
         "scale": _number(s["rescale_factor"], "rescale_factor") if s["do_rescale"] else None,
-        "mean": mean if s["do_normalize"] else None,
-        "std": std if s["do_normalize"] else None,
+        "offset": -1.0 if s["do_rescale"] and s.get("rescale_offset") else 0.0,
+        "mean": mean,
+        "std": std,
+        "last_std": _per_channel(s | {"do_normalize": True}, "image_std", channels) if s.get("include_top") else None,
     }
 
 

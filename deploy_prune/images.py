@@ -33,15 +33,20 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Hold how a checkpoint wants its images, and do it: channels, resize, centre crop, rescale, normalise."""
+    """Hold how a checkpoint wants its images, and do it: channels, resize, centre crop, rescale, normalise.
+
+    `offset` is added to the rescaled pixels, and `last_std` divides the normalised ones again: EfficientNet's do so.
+    """
 
     output_size: tuple[int, int, int]  # (C, H, W) of every image
     resize: tuple[int, int] | int | None = None  # (height, width), or the shortest edge
     resample: int = BILINEAR
     crop: tuple[int, int] | None = None  # (height, width)
     scale: float | None = None
+    offset: float = 0.0
     mean: tuple[float, ...] | None = None  # per channel
     std: tuple[float, ...] | None = None
+    last_std: tuple[float, ...] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False)  # as the file gave them
 
     @classmethod
@@ -106,10 +111,10 @@ class ImageProcessor:
         """The value of each of the 256 shades (C, 256), with transformers' order of roundings."""
         values = np.arange(256, dtype=np.uint8)
         scaled = (values.astype(np.float64) * (1.0 if self.scale is None else self.scale)).astype(np.float32)
-        table = np.tile(scaled, (self.output_size[0], 1))
-        if self.mean is None or self.std is None:
-            return table
-        return (table - np.array(self.mean, np.float32)[:, None]) / np.array(self.std, np.float32)[:, None]
+        table = np.tile(scaled + np.float32(self.offset), (self.output_size[0], 1))
+        if self.mean is not None and self.std is not None:
+            table = (table - np.array(self.mean, np.float32)[:, None]) / np.array(self.std, np.float32)[:, None]
+        return table if self.last_std is None else table / np.array(self.last_std, np.float32)[:, None]
 
 
 def open_image(source: str | Path | bytes, where: str) -> Image:
@@ -192,7 +197,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(
             f"There is no {path}, which says how the model wants its images.",
-            hint="Save the image processor with the model: AutoImageProcessor.from_pretrained(...).save_pretrained().",
+            hint="Save the image processor with the model: AutoImageProcessor.from_pretrained(...).save_pretrained(),"
+            " or of a module that is none of transformers save_module(..., processor=...).",
         ) from error
     except (OSError, ValueError) as error:
         raise InputError(f"Cannot read {path}: {error}", hint="Save the image processor again.") from error

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .bounds import LARGEST_CUT, SMALL
 from .bundle import disk_errors
@@ -130,12 +130,23 @@ def save_module(
     folder = Path(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(_own_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
         (folder / FILE).write_text(text, encoding="utf-8")
         if processor is not None:
             processor.save_pretrained(folder)
     return [folder / WEIGHTS, folder / FILE, *([folder / SETTINGS] if processor is not None else [])]
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's tensors, each in memory of its own: a weight under two names is stored under both."""
+    tensors: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, value in model.state_dict().items():
+        tensor = value.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if memory in taken else tensor
+        taken.add(memory)
+    return tensors
 
 
 def load_module(
@@ -146,14 +157,15 @@ def load_module(
     The class comes from `factory` where it is given, else from the name in the folder. Calling what a folder names
     runs code, so that only torchvision's registered models and timm.create_model are called, without weights of their
     own, and what lies in the modules that `allow`, or the environment's DEPLOY_PRUNE_ALLOW_CODE, names.
-    Raises BundleError for a folder that is damaged, InputError for a factory that is not allowed or not there.
+    Raises BundleError for a folder that is damaged or whose factory does not take its arguments, InputError for a
+    factory that is not allowed or not there.
     """
     folder = Path(folder)
     config = read_module_config(folder)
     if config is None:
         raise BundleError(f"No {FILE} in {folder}.", hint="Save the model by save_module.")
     kwargs = {k: v for k, v in config.kwargs.items() if k not in LOADING}
-    make = factory or _factory(config.factory, [*allow, *allowed_code()])
+    make = partial(_made, factory or _factory(config.factory, [*allow, *allowed_code()]), config.factory, kwargs)
 
     def cut(model: nn.Module, stored: dict[str, Any]) -> dict[str, Any]:
         if config.spec:
@@ -161,8 +173,8 @@ def load_module(
         return stored
 
     if factory is None and config.factory.startswith("torchvision."):  # others may read values while they build
-        check_stored(lambda: make(**kwargs), cut, folder / WEIGHTS)
-    model = make(**kwargs)
+        check_stored(make, cut, folder / WEIGHTS)
+    model = make()
     try:
         model.load_state_dict(cut(model, load_file(folder / WEIGHTS)), strict=True)
     except (RuntimeError, OSError, AttributeError, KeyError, SafetensorError) as error:
@@ -174,6 +186,18 @@ def load_module(
         model.deploy_prune = dict(config.spec)  # type: ignore[assignment]
     model.module_config = config  # type: ignore[assignment]
     return model.eval()
+
+
+def _made(make: Callable[..., nn.Module], name: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """Call a factory. Raises BundleError, with the factory's own words, where it fails."""
+    try:
+        return make(**kwargs)
+    except _MALFORMED as error:
+        given = ", ".join(f"{key}={value!r:.80}" for key, value in kwargs.items())
+        raise BundleError(
+            f"The factory {name}({given}) fails: {type(error).__name__}: {one_line(error, 300)}",
+            hint=f"Correct kwargs in {FILE}, or install the version that knows this model.",
+        ) from error
 
 
 def check_stored(make: Callable[[], nn.Module], cut: Cut, path: Path, *, layers: int = 0) -> None:

@@ -11,12 +11,17 @@ from torch import Tensor
 MOST_POSITIONS = 64  # of an image, at which a layer's statistics are taken
 
 
-def patches(module: Any, x: Tensor, at: Tensor | None = None) -> Tensor:
-    """Return the inputs of a convolution or Linear at its output positions (all, or some), (B, positions, columns).
+def patches(module: Any, x: Tensor, rows: int, at: Tensor | None = None) -> Tensor:
+    """Return what a convolution or Linear reads at its output positions (all, or some), (rows, positions, columns).
 
-    Columns stand in the order of the flattened weight (outputs, inputs * kernel elements).
+    Columns stand in the order of the flattened weight (outputs, inputs * kernel elements). `rows` counts the images:
+    the model may run parts of them, windows say, as rows of their own, which then lie side by side in `x`.
     """
-    if not hasattr(module, "kernel_size"):
+    if len(x) != rows:
+        x = patches(module, x, len(x))
+        x = x.reshape(rows, -1, x.shape[-1])
+        return x if at is None else x[:, at]
+    if not is_convolution(module):
         x = x.reshape(len(x), -1, x.shape[-1])
         return x if at is None else x[:, at]
     (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
@@ -31,6 +36,17 @@ def patches(module: Any, x: Tensor, at: Tensor | None = None) -> Tensor:
     index = (tap.reshape(-1, 1) + corner).to(x.device)  # (taps, positions)
     found = x.flatten(2)[:, :, index.flatten()].reshape(*x.shape[:2], *index.shape)  # (B, C, taps, positions)
     return found.permute(0, 3, 1, 2).flatten(2)
+
+
+def by_position(module: Any, y: Tensor, rows: int) -> Tensor:
+    """Return what a convolution (B, C, H, W) or Linear (B, ..., C) gives for `rows` images as (rows, positions, C)."""
+    y = y.flatten(2).transpose(1, 2) if is_convolution(module) else y
+    return y.reshape(rows, -1, y.shape[-1])
+
+
+def is_convolution(module: Any) -> bool:
+    """Say whether a layer is a convolution, whose channels stand behind the batch's axis; a Linear's stand last."""
+    return hasattr(module, "kernel_size")
 
 
 def some_positions(count: int, seed: int, most: int = MOST_POSITIONS) -> Tensor:

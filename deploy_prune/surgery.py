@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .archs import arch_of, check_config, config_of, is_convolutional
+from .archs import arch_of, check_model, config_of, is_convolutional
 from .archs.conv import ChannelGraph, trace_channels
 from .channel_costs import channel_flops, channel_params, counts_of
 from .channel_masking import mask_channels, scatter_channels
@@ -20,7 +20,8 @@ from .masking import Updates, mask_model, scatter
 from .slicing import slice_model
 from .units import ChannelGroup, SlicePlan, UnitGroup
 
-CHANNEL_TOLERANCE = 1e-4  # a hundred layers of sums in another order, each rescaled by a batch norm
+# A hundred layers of sums in another order, on a GPU by another algorithm, each rescaled by a batch norm.
+CHANNEL_TOLERANCE = 1e-4
 TRIED_IMAGES = 2
 
 
@@ -131,7 +132,7 @@ def surgery_of(model: nn.Module, image: tuple[int, int, int] | None = None, *, r
     `residual` also offers the channels of residual streams. Raises UnsupportedModelError with the reasons.
     """
     if not is_convolutional(model):
-        return UnitSurgery(model, check_config(model.config).groups(model))
+        return UnitSurgery(model, check_model(model).groups(model))
     if image is None:
         raise ValueError("a convolutional network is traced by the size of its images")
     return channel_surgery(model, _noise(model, image), residual=residual)

@@ -96,14 +96,14 @@ def _without_mask(model: Any, signature: Signature) -> Iterator[None]:
     """Let the layers of an image model see no attention mask: transformers makes one of ones when it is traced."""
     from torch import Tensor
 
-    from ..archs import arch_of, is_convolutional
+    from ..archs import arch_of, is_convolutional, of_transformers
 
     def drop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         hidden, *rest = args
         kept = {k: None if k == "attention_mask" else v for k, v in kwargs.items()}
         return (hidden, *(None if isinstance(v, Tensor) else v for v in rest)), kept
 
-    attentive = signature.image is not None and hasattr(model, "config") and not is_convolutional(model)
+    attentive = signature.image is not None and of_transformers(model) and not is_convolutional(model)
     paths = arch_of(model).layer_paths(model) if attentive else []
     handles = [model.get_submodule(path).register_forward_pre_hook(drop, with_kwargs=True) for path in paths]
     try:

@@ -149,6 +149,88 @@ def mobilenet(classes: int = 4, squeeze: bool = False) -> nn.Sequential:
     return nn.Sequential(*stem, *blocks, *head, nn.Linear(12, classes))
 
 
+class Windows(nn.Module):
+    """Linears on maps with channels last, and on windows that are rows of their own: ConvNeXt, Swin, MobileViT."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 4, 4, bias=False), nn.BatchNorm2d(8)
+        self.wide, self.narrow = nn.Linear(8, 20), nn.Linear(20, 8)
+        self.inner, self.outer = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.head, self.fc = nn.Conv2d(8, 10, 1), nn.Linear(10, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x))).permute(0, 2, 3, 1)  # (B, 4, 4, C)
+        x = x + self.narrow(F.gelu(self.wide(x)))
+        channels = x.shape[-1]
+        x = x.reshape(-1, 2, 2, 2, 2, channels).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, channels)
+        x = x + self.outer(F.gelu(self.inner(x)))  # (B * windows, 4, C)
+        x = x.reshape(-1, 2, 2, 2, 2, channels).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, 4, channels)
+        x = F.relu(self.head(x.permute(0, 3, 1, 2)))
+        return self.fc(x.mean((2, 3)))
+
+
+class NormAct(nn.BatchNorm2d):
+    """A batch norm that holds its activation, with a constructor of its own, as timm's BatchNormAct2d."""
+
+    def __init__(self, features: int, act: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__(features)
+        self.act = act()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+class SameConv(nn.Conv2d):
+    """A convolution that pads by itself, as timm's Conv2dSame."""
+
+    def __init__(self, inputs: int, outputs: int, edge: int, groups: int = 1) -> None:
+        super().__init__(inputs, outputs, edge, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (1, 1, 1, 1)))
+
+
+class Twice(nn.Module):
+    """Runs one convolution twice, perhaps under two names, or two with one weight, or with one batch norm."""
+
+    def __init__(self, shared: str = "module", classes: int = 4) -> None:
+        super().__init__()
+        self.stem, self.mid = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 5, 1)
+        self.first, self.second = nn.Conv2d(5, 5, 3, padding=1), nn.Conv2d(5, 5, 3, padding=1)
+        self.norm1, self.norm2 = nn.BatchNorm2d(5), nn.BatchNorm2d(5)
+        self.fc, self.again = nn.Linear(5, classes), shared == "run"
+        if shared == "module":
+            self.second = self.first
+        elif shared == "weight":
+            self.second.weight = self.first.weight
+        elif shared == "norm":
+            self.norm2 = self.norm1
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.mid(F.relu(self.stem(x))))
+        x = F.relu(self.norm1(self.first(x)))
+        x = F.relu(self.norm2((self.first if self.again else self.second)(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def same(classes: int = 4) -> nn.Sequential:
+    """A network all of whose convolutions are of an own class."""
+    layers = [SameConv(3, 6, 3), NormAct(6), nn.MaxPool2d(2), SameConv(6, 8, 3), NormAct(8, nn.SiLU)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+
+
+def configured(classes: int = 4) -> nn.Sequential:
+    """A network that calls something of its own its config."""
+    model = same(classes)
+    model.config = {"classes": classes}  # type: ignore[assignment]
+    return model
+
+
+def perceptron(classes: int = 4) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.ReLU(), nn.Linear(8, classes))
+
+
 def basic(classes: int = 4) -> nn.Module:
     return ResNet(BasicBlock, classes=classes)
 
@@ -160,6 +242,7 @@ FAMILIES = {
     "bottleneck": (lambda: ResNet(Bottleneck, (3, 4)), (3, 16, 16)),
     "mobilenet": (mobilenet, (3, 16, 16)),
     "squeeze": (lambda: mobilenet(squeeze=True), (3, 16, 16)),
+    "windows": (Windows, (3, 16, 16)),
 }
 
 
@@ -167,7 +250,11 @@ def tiny_cnn(family: str, seed: int = 0, **options: Any) -> nn.Module:
     """Return a model in evaluation mode whose batch norms have seen data, and whose every channel matters."""
     torch.manual_seed(seed)
     make, _ = FAMILIES[family]
-    model = make(**options)
+    return seen_data(make(**options))
+
+
+def seen_data(model: nn.Module) -> nn.Module:
+    """Put a model into evaluation mode, its batch norms with drawn statistics and weights."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conv_tiny import FAMILIES, Bottleneck, ResNet, tiny_cnn, tiny_images
+from conv_tiny import FAMILIES, Bottleneck, NormAct, ResNet, SameConv, Twice, seen_data, tiny_cnn, tiny_images
 from models_tiny import random_masks
 from torch import nn
 
@@ -129,6 +129,38 @@ def test_reload_is_bit_equal(family: str, seed: int, tmp_path: Path) -> None:
         assert torch.equal(sliced(x), again(x))
 
 
+@pytest.mark.parametrize("shared", ["module", "weight"])
+def test_a_weight_under_two_names_is_stored_and_its_channels_stay(shared: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = seen_data(Twice(shared)), tiny_images("basic")
+    graph = prove(model, trace_channels(model, x), x)
+    assert [g.name for g in graph.groups] == ["stem"]
+    twice = [name for name, why in graph.refused.items() if "used more than once" in why]
+    assert len(twice) == 2
+    assert "mid" in twice
+    sliced = slice_channels(model, graph, ragged(graph, 2))
+    for number, saved in enumerate((model, sliced)):
+        save_module(saved, tmp_path / str(number), "conv_tiny.Twice", {"shared": shared})
+        again = load_module(tmp_path / str(number), allow=("conv_tiny",))
+        assert again.get_parameter("first.weight") is again.get_parameter("second.weight")
+        expected, found = saved.state_dict(), again.state_dict()
+        assert {"first.weight", "second.weight"} <= expected.keys() == found.keys()
+        assert all(torch.equal(expected[k], found[k]) for k in expected)
+
+
+@pytest.mark.parametrize("module", ["torchvision.models", "conv_tiny"])
+def test_a_factory_that_fails_is_named_with_what_it_was_given(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = types.ModuleType("torchvision.models")
+    fake.get_model = lambda name, weights, **kwargs: FAMILIES["basic"][0](**kwargs)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.models", fake)
+    save_module(tiny_cnn("basic"), tmp_path, f"{module}.basic", {"clases": 4})
+    with pytest.raises(BundleError, match=rf"{module}\.basic\(clases=4\) fails: TypeError: .*clases"):
+        load_module(tmp_path, allow=("conv_tiny",))
+
+
 def test_a_folder_runs_no_code_unasked(tmp_path: Path) -> None:
     model, graph = traced("vgg")
     save_module(slice_channels(model, graph, ragged(graph, 0)), tmp_path, "conv_tiny.vgg", {"classes": 4})
@@ -242,33 +274,18 @@ def test_refusals_name_the_reason() -> None:
     assert [g.name for g in graph.groups] == ["conv1"]
     assert "cutting one of them does not work" in graph.refused["conv2"]
 
+    graph = trace_channels(seen_data(Twice("norm")), x)
+    assert [g.name for g in graph.groups] == ["stem", "mid"]
+    assert "batch norm" in graph.refused["first"]
+    assert "used more than once" in graph.refused["first"]
+    assert "batch norm that is shared" in graph.refused["second"]
+
     with pytest.raises(UnsupportedModelError, match="residual stream"):
         trace_channels(nn.Sequential(nn.Conv2d(3, 4, 1), _Residual(), nn.Conv2d(4, 2, 1)).eval(), x)
     with pytest.raises(UnsupportedModelError, match="training mode"):
         trace_channels(Fixed().train(), flat)
     with pytest.raises(UnsupportedModelError, match="cannot be traced"):
         trace_channels(_Branching().eval(), flat)
-
-
-class NormAct(nn.BatchNorm2d):
-    """A batch norm that holds its activation, with a constructor of its own, as timm's BatchNormAct2d."""
-
-    def __init__(self, features: int, act: type[nn.Module] = nn.ReLU) -> None:
-        super().__init__(features)
-        self.act = act()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act(super().forward(x))
-
-
-class SameConv(nn.Conv2d):
-    """A convolution that pads by itself, as timm's Conv2dSame."""
-
-    def __init__(self, inputs: int, outputs: int, edge: int, groups: int = 1) -> None:
-        super().__init__(inputs, outputs, edge, groups=groups)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
 
 
 def test_modules_of_own_classes_keep_what_they_hold() -> None:

@@ -26,7 +26,7 @@ from deploy_prune.export.onnx import onnx_from_torch
 from deploy_prune.graph_runner import GraphRunner
 from deploy_prune.heads import Head
 from deploy_prune.masking import OutputWeights
-from deploy_prune.patches import patches
+from deploy_prune.patches import by_position, patches
 from deploy_prune.predict import predict
 from deploy_prune.pruner import Pruner, pruner_of
 from deploy_prune.runtime_bench.flops import count_onnx, count_torch
@@ -44,7 +44,7 @@ def rows(family: str, count: int = 40, seed: int = 0) -> list[Row]:
     return [Row({"pixel_values": x}, int(y), tokens=1) for x, y in zip(images, labels, strict=True)]
 
 
-@pytest.mark.parametrize("family", ["lenet", "basic", "squeeze"])
+@pytest.mark.parametrize("family", ["lenet", "basic", "squeeze", "windows"])
 def test_mask_gradients_are_those_of_single_images(family: str) -> None:
     model, data = tiny_cnn(family), rows(family, 5)
     graph = trace_channels(model, tiny_images(family), residual=True)
@@ -87,8 +87,10 @@ def test_layers_are_linear_in_their_patches(family: str) -> None:
             run.advance(layer.node)
             source, output = run.values(1, [layer.source, layer.output])
             whole = read_projection(model, layer)
-            found = patches(model.get_submodule(layer.path), source).double() @ whole.weight.T + whole.bias
-            wanted = output.flatten(2).transpose(1, 2) if output.dim() == 4 else output[:, None]
+            module = model.get_submodule(layer.path)
+            found = patches(module, source, 3).double() @ whole.weight.T + whole.bias
+            wanted = by_position(module, output, 3)
+            assert wanted.shape == (3, layer.positions, layer.outputs)
             assert (found - wanted).abs().max() <= 1e-4
     assert runner.kept_bytes == 0 < kept.kept_bytes
 

@@ -16,12 +16,16 @@ import pytest
 
 from deploy_prune import archives, demo, demo_digits, demo_text, resolving
 from deploy_prune.archives import Archive, fetch, read_tar, read_zip, sha256_of
+from deploy_prune.bundle import VARIANTS, Bundle
 from deploy_prune.checkpoint import load_config, load_dense
+from deploy_prune.cli import invoke
 from deploy_prune.config import DEMO_MODELS, load_recipe
 from deploy_prune.errors import InputError, SystemStateError
 from deploy_prune.heads import Head
 from deploy_prune.predict import predict
 from deploy_prune.progress import Silent
+from deploy_prune.runtime_bench.bench import latest_bench
+from deploy_prune.serve import load as load_predictor
 from deploy_prune.snippets import parse_snippets, sentence_key, split_snippets
 from deploy_prune.tasks import load_task, task_head
 
@@ -272,6 +276,31 @@ def test_a_run_of_the_digits_is_resolved(digits_demo: demo.DemoPaths) -> None:
     assert (recipe.samples, notes) == (256, [])
     with pytest.raises(InputError, match="about texts"):
         resolving.resolve(load_recipe(model="digits-vit", task="sst2"), reporter)
+
+
+def test_the_digits_go_the_whole_way(digits_demo: demo.DemoPaths, tmp_path: Path) -> None:
+    """What `make export MODEL=digits-vit` runs, with one format and short measurements."""
+    words = ["run", "digits-vit", "--formats", "onnx", "--runtimes", "ort-cpu", "--bench-seconds", "0.2"]
+    assert invoke([*words, "--out", str(tmp_path / "b")]) == 0
+    bundle = Bundle.open(tmp_path / "b")
+    assert bundle.manifest.model["source"] == str(digits_demo.model)
+    calibrated = next(s for s in bundle.manifest.stages if s.name == "calibrate").model_dump()
+    assert calibrated["samples"] == 1024
+    quality, counts = bundle.manifest.quality, bundle.manifest.counts
+    assert quality["dense"]["value"] >= demo_digits.MIN_ACCURACY
+    assert quality["sliced"]["value"] == quality["virtual"]["value"] >= quality["dense"]["value"] - 0.03
+    assert quality["sliced"]["n"] == demo_digits.HELD_OUT_ROWS
+    assert counts["sliced"]["encoder_flops"] <= 0.5 * counts["dense"]["encoder_flops"]
+    assert bundle.manifest.fidelity["sliced_to_virtual"]["max_abs"] <= 1e-5
+    assert {(a.variant, a.format, a.parity.status) for a in bundle.manifest.artifacts} == {
+        (variant, "onnx", "passed") for variant in VARIANTS
+    }
+    assert {m["model"] for m in latest_bench(bundle)["measurements"]} >= {*VARIANTS}
+    assert (bundle.root / "report.html").is_file()
+    with load_predictor(bundle.root) as predict_labels, np.load(digits_demo.data / "validation.npz") as held_out:
+        answers = predict_labels(list(held_out["images"]))
+        right = np.mean([a["label"] == str(y) for a, y in zip(answers, held_out["labels"], strict=True)])
+    assert right == pytest.approx(quality["sliced"]["value"])
 
 
 def test_the_names_of_the_demos() -> None:

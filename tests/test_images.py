@@ -18,7 +18,7 @@ from PIL import Image
 from deploy_prune.errors import InputError, UnsupportedModelError
 from deploy_prune.images import ImageProcessor, check_fit, image_tokens, open_image
 
-FAMILIES = ["ViT", "DeiT", "Bit", "CLIP", "ConvNext"]
+FAMILIES = ["ViT", "DeiT", "Bit", "CLIP", "ConvNext", "MobileNetV1", "MobileNetV2", "EfficientNet"]
 
 
 def theirs(family: str, options: dict[str, Any]) -> Any:
@@ -98,6 +98,25 @@ def test_any_settings(
     np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("offset", [True, False])
+@pytest.mark.parametrize("again", [True, False])
+def test_efficientnet_shifts_and_divides_once_more(normalize: bool, rescale: bool, offset: bool, again: bool) -> None:
+    options = {
+        "size": {"height": 12, "width": 10},
+        "do_normalize": normalize,
+        "do_rescale": rescale,
+        "rescale_factor": 1 / 127.5,
+        "rescale_offset": offset,
+        "include_top": again,
+        "image_mean": [0.1, 0.2, 0.3],
+        "image_std": [0.7, 0.8, 0.9],
+    }
+    got, wanted = both("EfficientNet", options, random_image(9, 14))
+    np.testing.assert_array_equal(got, wanted)
+
+
 def picture(mode: str) -> Image.Image:
     image = Image.fromarray(random_image(20, 24))
     if mode in ("RGBA", "LA"):
@@ -156,6 +175,7 @@ VIT = {"image_processor_type": "ViTImageProcessor"}
         ({**VIT, "do_flip_channel_order": True}, {}, UnsupportedModelError, ("do_flip_channel_order", "True")),
         ({**VIT, "do_pad": True}, {}, UnsupportedModelError, ("do_pad",)),
         ({**VIT, "data_format": "channels_last"}, {}, UnsupportedModelError, ("data_format", "channels_last")),
+        ({**VIT, "include_top": True}, {}, UnsupportedModelError, ("include_top",)),
         ({**VIT, "auto_map": {"AutoImageProcessor": "x.Y"}}, {}, UnsupportedModelError, ("auto_map",)),
         ({**VIT, "size": {"longest_edge": 9}}, {}, UnsupportedModelError, ("longest_edge",)),
         ({**VIT, "size": {"height": 0, "width": 4}}, {}, InputError, ("size", "0")),

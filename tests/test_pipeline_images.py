@@ -141,6 +141,15 @@ def test_other_image_models_are_refused() -> None:
         check_config(transformers.SwinConfig())
 
 
+def test_flops_of_an_image_model_are_counted_at_its_own_length(tmp_path: Path) -> None:
+    given = settings(tmp_path, "vit")
+    setting = Setting(given["model"], given["task"], given["data"], (0.6,), (0,), samples=64)
+    document, _ = run_experiment("flops", setting, tmp_path / "out")
+    (row,) = document["rows"]
+    assert row["length"] == row["budget_length"] == 17
+    assert 0 <= row["encoder_reduction"] - 0.4 < 0.03  # one unit of a tiny model
+
+
 @pytest.mark.parametrize("name", ["vit", "recover"])
 def test_experiments_of_image_models(name: str, tmp_path: Path) -> None:
     given = settings(tmp_path, "vit")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from bundles_tiny import exported_bundle
 from models_tiny import tiny_model
-from runs_tiny import checkpoint
+from runs_tiny import checkpoint, data
 
 from deploy_prune.archs import arch_of
 from deploy_prune.checkpoint import load_dense
@@ -33,7 +33,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "experiments"
 def recipes_path(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(RECIPES))
     yield
-    for name in ("shapes", "gate_trials", "tables", "cnn", "cnn_models", "cnn_rival"):
+    for name in ("shapes", "gate_trials", "tables", "cnn", "cnn_models", "cnn_rival", "merge"):
         sys.modules.pop(name, None)
 
 
@@ -129,6 +129,31 @@ def test_replays_draw_from_recorded_sessions(tmp_path: Path, capsys: pytest.Capt
     rows = {r.split(" | ")[0]: r for r in capsys.readouterr().out.splitlines() if r.startswith("| 1")}
     assert rows["| 1"].split(" | ")[1].startswith("0.0 %")
     assert rows["| 1.1"].split(" | ")[1].startswith("100.0 %")
+
+
+def test_runs_of_a_seed_each_become_one_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import merge
+
+    model, rows = checkpoint(tmp_path / "model"), data(tmp_path / "data")
+    setting = Setting(str(model), "text-classification", str(rows), (0.8,), (0, 1), samples=64)
+    whole, _ = run_experiment("ablation", setting, tmp_path / "whole")
+    for seed in (1, 0):
+        run_experiment("ablation", replace(setting, seeds=(seed,)), tmp_path / "parts", stem=f"tiny-ablation-{seed}")
+    runs = sorted((tmp_path / "parts").glob("*.json"))
+    merge.main(tmp_path / "tiny-ablation", runs)
+    assert capsys.readouterr().out.splitlines()[0] == str(tmp_path / "tiny-ablation.json")
+    found = json.loads((tmp_path / "tiny-ablation.json").read_text())
+    assert found["setting"] == json.loads(json.dumps(whole["setting"]))
+    values = [[(r["seed"], r["method"], r["value"], r["kl"]) for r in d["rows"]] for d in (found, whole)]
+    assert values[0] == values[1]
+    assert "2 run(s) per cell" in (tmp_path / "tiny-ablation.md").read_text()
+    with pytest.raises(SystemExit, match="comes twice"):
+        merge.main(tmp_path / "twice", [runs[0], runs[0]])
+    other = json.loads(runs[1].read_text())
+    other["setting"]["samples"] = 128
+    runs[1].write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match="no runs of one experiment"):
+        merge.main(tmp_path / "mixed", runs)
 
 
 def test_the_networks_of_the_experiments_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

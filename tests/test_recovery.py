@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from runs_tiny import checkpoint, data
+from runs_tiny import checkpoint, data, image_checkpoint, image_data
 
 from deploy_prune import recover as recovery
 from deploy_prune.bundle import VARIANTS, Bundle
@@ -151,9 +151,13 @@ def test_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke([*words, "--recover-epochs", "0"]) == 2
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_depth_in_a_whole_run(order: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "order"), [("bert", "before"), ("bert", "after"), ("vit", "after")])
+def test_depth_in_a_whole_run(family: str, order: str, tmp_path: Path) -> None:
     settings = prepare(tmp_path, keep_flops=0.5, drop_layers=1, drop_sublayers=1, depth_order=order, depth_rows=40)
+    if family == "vit":
+        images = image_data(tmp_path / "data.npz", train=480)
+        settings |= {"model": str(image_checkpoint(tmp_path / "vit")), "data": str(images)}
+        settings |= {"task": "image-classification"}
     made = pruned(settings)
     depth = next(s for s in made.manifest.stages if s.name == "depth").model_dump()
     gone = {name for removal in depth["removals"] for name in removal["groups"]}

@@ -14,8 +14,8 @@ from .base import Arch, Layout, Sublayer, per_layer
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Arch", "Layout", "Sublayer", "arch_of", "check_config", "check_prunable", "config_of"]
-__all__ += ["is_convolutional", "max_positions", "per_layer", "supported"]
+__all__ = ["Arch", "Layout", "Sublayer", "arch_of", "check_config", "check_model", "check_prunable", "config_of"]
+__all__ += ["is_convolutional", "max_positions", "of_transformers", "per_layer", "supported"]
 
 _REFUSED = {
     "albert": "ALBERT shares one layer's weights between all layers: slicing one layer would slice them all.",
@@ -38,7 +38,7 @@ def check_config(config: Any) -> Arch:
     Raises UnsupportedModelError, with the reason, for a model that cannot be pruned.
     """
     model_type = str(getattr(config, "model_type", ""))
-    known = f"Supported: {', '.join(sorted(supported()))}."
+    known = _known()
     if model_type in _REFUSED:
         raise UnsupportedModelError(_REFUSED[model_type], hint=known)
     if getattr(config, "is_encoder_decoder", False):
@@ -81,21 +81,50 @@ def _refuse_sliced(config: Any) -> None:
 
 def config_of(model: Any) -> Any:
     """Return a model's transformers config or, of a module that a factory makes, its `ModuleConfig`."""
-    return model.config if hasattr(model, "config") else model.module_config
+    return model.config if of_transformers(model) else model.module_config
+
+
+def of_transformers(model: Any) -> bool:
+    """Say whether a model has a config of transformers: another module may call anything its config."""
+    return hasattr(getattr(model, "config", None), "model_type")
+
+
+def check_model(model: nn.Module) -> Arch:
+    """Return the adapter of a loaded dense model.
+
+    Raises UnsupportedModelError, with the reason, for a model that cannot be pruned.
+    """
+    return check_config(_config(model))
 
 
 def arch_of(model: nn.Module) -> Arch:
-    """Return the adapter of a loaded model (also of a sliced one)."""
-    config: Any = model.config
+    """Return the adapter of a loaded model (also of a sliced one). Raises UnsupportedModelError where there is none."""
+    config = _config(model)
     arch = supported().get(str(config.model_type))
     return arch if arch is not None else check_config(config)
 
 
+def _config(model: nn.Module) -> Any:
+    if not of_transformers(model):
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} is no model of transformers and has no convolution: there is nothing to cut.",
+            hint=f"{_known()} Of other modules the channels of convolutions are cut.",
+        )
+    return model.config
+
+
+def _known() -> str:
+    return f"Supported: {', '.join(sorted(supported()))}."
+
+
 def is_convolutional(model: nn.Module) -> bool:
-    """Say whether a model has no adapter for heads and neurons, but convolutions whose channels may be cut."""
+    """Say whether a model has no adapter for heads and neurons, but convolutions whose channels may be cut.
+
+    Those are Conv2d and its subclasses, known by name: this module is free of torch.
+    """
     if str(getattr(getattr(model, "config", None), "model_type", "")) in supported():
         return False
-    return any(type(m).__name__ == "Conv2d" for m in model.modules())
+    return any(kind.__name__ == "Conv2d" for m in model.modules() for kind in type(m).__mro__)
 
 
 def max_positions(model: Any) -> int:

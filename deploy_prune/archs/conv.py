@@ -22,8 +22,9 @@ TRACED_ROWS = 2  # of the batch that is traced; its axis stays free
 class Layer:
     """Describe a convolution or Linear; `reads` and `writes` name channel groups ("" = channels that all stay).
 
-    `norm` is the batch norm that alone reads its output. `source`, `node`, `output` and `partner` name nodes of the
-    traced graph: its input, itself, its output behind the batch norm, and what is added to that.
+    `norm` is the batch norm that alone reads its output, and nothing else's. `source`, `node`, `output` and `partner`
+    name nodes of the traced graph: its input, itself, its output behind the batch norm, and what is added to that.
+    `shared` says that its weight is used again, so that it must stay as it is.
     """
 
     path: str
@@ -41,6 +42,7 @@ class Layer:
     node: str
     output: str
     partner: str
+    shared: bool = False
 
     @property
     def width(self) -> int:
@@ -134,6 +136,32 @@ def trace_channels(model: nn.Module, images: Tensor, *, residual: bool = False) 
     norms = {path: name_of(flow.norms[path]) for path in affine}
     other = _other_flops(model, images[:1], layers)
     return ChannelGraph(program, layers, _in_order(groups, layers), norms, refused, other)
+
+
+def trace_sliced(graph: ChannelGraph, plan: SlicePlan, sliced: nn.Module, images: Tensor) -> ChannelGraph:
+    """Return the graph of a sliced model in the dense one's groups, each of the channels that the plan keeps.
+
+    Groups are not found anew: where one channel is left, a stream looks like a map that is spread over channels.
+    A group that nothing makes or reads any more is gone.
+    """
+    program = export_program(sliced, images)
+    sites = {site.path: site for site in Dataflow(sliced, program, TRACED_ROWS).sites}
+    groups = []
+    for g in graph.groups:
+        made = tuple(path for path in g.producers if path in sites)
+        read = tuple(reader for reader in g.readers if reader.path in sites)
+        if made and read:
+            groups.append(replace(g, size=plan[g.name].count, producers=made, readers=read))
+    names = {"", *(g.name for g in groups)}
+    layers = []
+    for x in graph.layers:
+        if x.path in sites:
+            found = vars(sites[x.path])
+            inputs = found["inputs"] * found["spread"] // x.spread
+            same = {"spread": x.spread, "inputs": inputs, "grouped": x.grouped, "shared": x.shared}
+            of = {"reads": x.reads if x.reads in names else "", "writes": x.writes if x.writes in names else ""}
+            layers.append(Layer(**{**found, **same, **of}))
+    return replace(graph, program=program, layers=tuple(layers), groups=tuple(groups))
 
 
 def _other_flops(model: nn.Module, image: Tensor, layers: Sequence[Layer]) -> int:

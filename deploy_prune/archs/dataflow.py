@@ -42,8 +42,9 @@ class Stream:
 class Site:
     """Describe one run of a convolution or Linear: the streams it reads and writes (None = not tracked).
 
-    `norm` is the batch norm that alone reads its output. `source`, `node`, `output` and `partner` name nodes: its
-    input, itself, its output behind the batch norm, and what is added to that.
+    `norm` is the batch norm that alone reads its output, and nothing else's. `source`, `node`, `output` and `partner`
+    name nodes: its input, itself, its output behind the batch norm, and what is added to that. `shared` says that its
+    weight is used again.
     """
 
     path: str
@@ -59,6 +60,7 @@ class Site:
     bias: bool = False
     norm: str = ""
     partner: str = ""
+    shared: bool = False
     reads: int | None = None
     writes: int | None = None
 
@@ -75,6 +77,7 @@ class Dataflow:
         self.model, self.program, self.rows = model, program, rows  # of the batch that was traced
         signature = program.graph_signature
         self.names: dict[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self.paths = {id(module): path for path, module in model.named_modules()}
         self.streams: list[Stream] = []
         self.parents: list[int] = []
         self.sites: list[Site] = []
@@ -118,17 +121,22 @@ class Dataflow:
 
     def _fix(self, value: Any, reason: str) -> None:
         layout = self._layout(value)
-        if layout is not None:
-            self._stream(layout).fixed = self._stream(layout).fixed or reason
+        self._fix_stream(None if layout is None else layout.stream, reason)
+
+    def _fix_stream(self, stream: int | None, reason: str) -> None:
+        if stream is not None:
+            root = self.streams[self.root(stream)]
+            root.fixed = root.fixed or reason
 
     def _unknown(self, node: Node, name: str) -> None:
         for source in node.all_input_nodes:
             self._fix(source, f"they pass through {name}, which may mix channels")
 
     def _module(self, value: Any, kinds: tuple[type, ...]) -> str | None:
-        """Return the path of the module that owns a weight, or None for anything else."""
+        """Return the path (the first, of several) of the module that owns a weight, or None for anything else."""
         owner = self.names.get(value.name, "").rpartition(".")[0] if isinstance(value, Node) else ""
-        return owner if owner and isinstance(self.model.get_submodule(owner), kinds) else None
+        module = self.model.get_submodule(owner) if owner else None
+        return self.paths[id(module)] if isinstance(module, kinds) else None
 
     def _used_before(self, path: str) -> bool:
         """Say whether a module's weight was used before, under whatever name."""
@@ -187,16 +195,20 @@ class Dataflow:
         self._fix(x, reason)
         for site in self.sites:
             if site.path == path or self.model.get_submodule(site.path).weight is self.model.get_submodule(path).weight:
+                site.shared = True
                 for stream in (site.reads, site.writes):
-                    if stream is not None:
-                        root = self.streams[self.root(stream)]
-                        root.fixed = root.fixed or reason
+                    self._fix_stream(stream, reason)
 
     def _batch_norm(self, node: Node) -> None:
         x = node.args[0]
         layout = self._layout(x)
         kinds = (nn.modules.batchnorm._BatchNorm,)
         path = self._module(node.args[3], kinds) or self._module(node.args[1], kinds)
+        if path in self.norms:  # a second use: it is no part of either convolution
+            self._fix_stream(self.norms[path], f"the batch norm {path} is used more than once")
+            for site in self.sites:
+                if site.norm == path:
+                    site.norm, site.output, site.partner = "", site.node, ""
         if path is None or path in self.norms or (layout and (layout.spread > 1 or layout.axis != 1)):
             self._unknown(node, "a batch norm that is shared, or reads a flattened map")
             return

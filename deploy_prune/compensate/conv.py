@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..archs.conv import ChannelGraph, Layer
-from ..channel_calibration import by_position
 from ..channel_masking import read_projection, write_projection
 from ..graph_runner import DEFAULT_CACHE_BYTES, GraphRunner
 from ..masking import OutputWeights
 from ..moments import Moments, MomentSums
 from ..parallel import ordered
-from ..patches import patches, some_positions
+from ..patches import by_position, is_convolution, patches, some_positions
 from ..progress import Progress
 from ..units import Reader, SlicePlan
 from .layers import HELD_OUT_EVERY, GroupLog, SweepResult
@@ -63,14 +62,15 @@ def sweep_channels(
         for batch, counted in ordered(numbers):
             y, *r_t = teacher_runs.values(batch, [n for n in (layer.output, layer.partner) if n])
             x, *r_s = student_runs.values(batch, [n for n in (layer.source, layer.partner) if n])
-            y = by_position(y + r_t[0] - r_s[0] if layer.partner else y)[..., site.rows]
+            y = by_position(site.module, y + r_t[0] - r_s[0] if layer.partner else y, len(feeds[batch]))[..., site.rows]
             felt = (saliency or {}).get(layer.path)
             weights = position_weights(
                 y, None if felt is None else felt[torch.tensor(index[batch])], solver.salient_share
             )
             at = some_positions(y.shape[1], counted)
             out = held is not None and counted % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-            (held if out and held is not None else fit).add(site.patches(x, at), y[:, at], weights[:, at], counted)
+            h = site.patches(x, len(y), at)
+            (held if out and held is not None else fit).add(h, y[:, at], weights[:, at], counted)
         site.solve(solver, fit.total(), None if held is None else held.total(), result)
         progress((number + 1) / len(todo))
     result.state_bytes = teacher_runs.kept_bytes + student_runs.kept_bytes
@@ -91,13 +91,18 @@ def ignoring(model: nn.Module, graph: ChannelGraph, plan: SlicePlan) -> nn.Modul
 
 
 def refittable(graph: ChannelGraph, plan: SlicePlan, only_cut: bool) -> list[Layer]:
-    """Return the layers that can and need to be refitted, in the order they run."""
+    """Return the layers that can and need to be refitted, in the order they run.
+
+    One whose weight is used again stays as it is: fitted to its first run, it would be wrong in the others.
+    """
     cut = {g.name for g in graph.groups if plan[g.name].count < g.size}
     empty = {g.name for g in graph.groups if not plan[g.name].count}
     found, begun = [], False
     for layer in graph.layers:
         begun = begun or layer.reads in cut
-        if layer.grouped or layer.writes in empty or not (layer.reads in cut or (begun and not only_cut)):
+        if layer.grouped or layer.shared or layer.writes in empty:
+            continue
+        if not (layer.reads in cut or (begun and not only_cut)):
             continue
         found.append(layer)
     return found
@@ -121,11 +126,11 @@ class Site:
     def moments(self) -> MomentSums:
         return MomentSums(len(self.columns), len(self.rows), self.device)
 
-    def patches(self, x: Tensor, at: Tensor) -> Tensor:
-        """Return what the layer reads at some positions (B, positions, columns)."""
-        if hasattr(self.module, "kernel_size"):
-            return patches(self.module, x[:, self.read], at)
-        return patches(self.module, x, at)[..., self.columns]
+    def patches(self, x: Tensor, rows: int, at: Tensor) -> Tensor:
+        """Return what the layer reads of `rows` images at some positions (rows, positions, columns)."""
+        if is_convolution(self.module):
+            return patches(self.module, x[:, self.read], rows, at)
+        return patches(self.module, x, rows, at)[..., self.columns]
 
     def solve(self, solver: Solver, fit: Moments, held: Moments | None, result: SweepResult) -> None:
         """Refit the layer, write the result into the student and note it."""

@@ -14,7 +14,7 @@ from ..graph_runner import GraphRunner
 from ..masking import OutputWeights, Updates
 from ..moments import gram
 from ..parallel import SectionSum, ordered, sections
-from ..patches import some_positions
+from ..patches import is_convolution, some_positions
 from ..units import ChannelGroup, Reader, SlicePlan
 
 RIDGE = 1e-3  # of the mean diagonal of the channels' second moment
@@ -37,7 +37,7 @@ def fold_channels(model: nn.Module, graph: ChannelGraph, plan: SlicePlan, runner
             continue
         runner.advance(layer.node)
         kept = torch.tensor(plan[group.name].kept, device=runner.device)
-        second = channel_moments(runner, layer.source, group)
+        second = channel_moments(runner, model.get_submodule(layer.path), layer.source, group)
         inner = second[kept][:, kept]
         size = float(inner.diagonal().mean()) or 1.0  # all kept channels dead
         inner = inner + RIDGE * size * torch.eye(len(kept), dtype=inner.dtype, device=inner.device)
@@ -50,12 +50,12 @@ def fold_channels(model: nn.Module, graph: ChannelGraph, plan: SlicePlan, runner
     return updates
 
 
-def channel_moments(runner: GraphRunner, source: str, group: ChannelGroup) -> Tensor:
-    """Return sum over images and positions of c c^T (C, C) of a group's channels at a node."""
+def channel_moments(runner: GraphRunner, reader: nn.Module, source: str, group: ChannelGroup) -> Tensor:
+    """Return sum over images and positions of c c^T (C, C) of a group's channels, at the node that a layer reads."""
     sums = SectionSum((group.size, group.size), runner.device)
     for at, number in ordered(runner.numbers):
         (x,) = runner.values(at, [source])
-        flat = x.flatten(2) if x.dim() == 4 else x.reshape(-1, group.size, x.shape[-1] // group.size)
+        flat = x.flatten(2) if is_convolution(reader) else x.reshape(-1, group.size, x.shape[-1] // group.size)
         flat = flat[..., some_positions(flat.shape[2], number)]
         sums.add(number % sections(), gram(flat.transpose(1, 2).flatten(0, 1)))
     return sums.total()
@@ -68,10 +68,11 @@ def renorm(
     """Return the updates with the batch norms' statistics taken anew on the pruned model, in one pass over the images.
 
     Means and variances are averaged over the batches, each batch being normalised by its own. Layers whose batch norm
-    stands right behind them are renewed.
+    stands right behind them are renewed, unless their weight is used again.
     """
     virtual: Any = mask_channels(model, graph, plan, updates)
-    norms = [virtual.get_submodule(x.norm) for x in graph.layers if x.norm]
+    renewed = [x for x in graph.layers if x.norm and not x.shared]
+    norms = [virtual.get_submodule(x.norm) for x in renewed]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average
@@ -81,9 +82,9 @@ def renorm(
         virtual(images.to(device))
     virtual.eval()
     keeps, fresh = graph.keeps(plan), dict(updates)
-    for layer in graph.layers:
+    for layer in renewed:
         rows = torch.tensor(keeps.get(layer.writes, tuple(range(layer.outputs))), dtype=torch.long)
-        if layer.norm and len(rows):
+        if len(rows):
             new = read_projection(virtual, layer)
             read = Reader(layer.path, layer.spread, layer.taps).columns(keeps.get(layer.reads, range(layer.inputs)))
             fresh[layer.path] = OutputWeights(new.weight[rows][:, read].float(), new.bias[rows].float())

@@ -57,7 +57,7 @@ def patch_moments(runner: GraphRunner, model: torch.nn.Module, layer: Layer) -> 
     sums = MomentSums(layer.inputs * layer.width, 0, runner.device)
     for at, number in ordered(runner.numbers):
         (x,) = runner.values(at, [layer.source])
-        h = patches(module, x, some_positions(layer.positions, number))
+        h = patches(module, x, len(runner.feeds[at]), some_positions(layer.positions, number))
         sums.add(h, h[..., :0], h.new_ones(h.shape[:2]), number)
     total = sums.total()
     return total.hh / total.count

@@ -62,16 +62,17 @@ def parity(lab: Lab) -> Rows:
 
 
 def flops(lab: Lab) -> Rows:
-    """FLOPs taken away against 1 - keep, at the budget's own length and at others."""
-    model, config = lab.model, lab.model.config
+    """FLOPs taken away against 1 - keep, at the budget's own length and, of texts, at others."""
+    model, signature = lab.model, lab.checkpoint.signature
     seed = lab.setting.seeds[0]
-    lengths = (16, 53, 128, 256, 512)
-    limit = int(getattr(config, "max_position_embeddings", 512))
-    names = lab.pruner(seed).rows[0].features
+    limit = int(getattr(model.config, "max_position_embeddings", 512))
+    lengths = [n for n in (16, 53, 128, 256, 512) if n <= limit] if signature.tokens is None else []
+    dtype = torch.float32 if signature.image else torch.long
     for keep in with_keeps(lab.setting.keeps, (0.9, 0.8, 0.7, 0.6, 0.5)):
         found, sliced = lab.prune(keep, seed, replace(DEFAULT, compensate="none", criterion="fisher"))
-        for length in sorted({found.seq_len, *(n for n in lengths if n <= limit)}):
-            feeds = {name: torch.ones(1, length, dtype=torch.long, device=lab.device) for name in names}
+        for length in sorted({found.seq_len, *lengths}):
+            shapes = signature.shapes(1, length)
+            feeds = {name: torch.ones(shape, dtype=dtype, device=lab.device) for name, shape in shapes.items()}
             counted = [count_torch(m, feeds) for m in (model, sliced)]
             encoder = encoder_flops(found.groups, length)
             layers, d, ff = 1 + max(g.layer for g in found.groups), found.groups[0].hidden, found.groups[1].size

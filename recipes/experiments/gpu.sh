@@ -24,6 +24,8 @@ vit() { # NAME TASK DATA OUT EPOCHS: a seed of `vit` each in a process of its ow
     log "recovered with seed $seed"
   done
   wait
+  python3 "$recipes/merge.py" "$out/$name" "$out/$name"-vit-[0-9]*.json
+  python3 "$recipes/merge.py" "$out/$name-recover" "$out/$name"-recover-[0-9]*.json || log "nothing recovered"
 }
 
 case $what in
