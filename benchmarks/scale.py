@@ -5,10 +5,12 @@
     python benchmarks/scale.py measure scale.jsonl --shape bert-large --methods paper
     python benchmarks/scale.py table scale.jsonl
     python benchmarks/scale.py sweep scale.jsonl recipes/paper-table.toml --workers 1,8,32,160
+    python benchmarks/scale.py overhead sweeps/sst2 sweep-overhead.json
 
 `measure` adds a line for each method and number of rows, of a model with random weights: seconds, never quality. From
 two numbers of rows follow what a stage takes whatever the rows, and what each token adds. `sweep` runs a sweep's jobs
-through a simulated cluster: workers that take one job after another, and die now and then.
+through a simulated cluster: workers that take one job after another, and die now and then. `overhead` keeps what a real
+sweep took beyond its cells.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy_prune.archs import check_config
+from deploy_prune.bundle import write_atomically
 from deploy_prune.costs import Budget, encoder_flops
 from deploy_prune.heads import Head
 from deploy_prune.predict import predict
@@ -40,6 +43,9 @@ from deploy_prune.stages import Options
 from deploy_prune.sweep.cells import Job, expand, jobs_of
 from deploy_prune.sweep.settings import SweepSettings
 
+CELL = ("model", "task", "seed", "keep", "criterion", "compensate", "seconds")  # those of one seed were one job
+ACCOUNT = ("workers", "cells", "cell_seconds", "job_seconds", "wall_seconds", "overhead")
+MOMENTARY = ("busy", "load_1min", "memory_available_bytes")  # of a machine: now, and not when the sweep ran
 METHODS = {
     "paper": Options(criterion="fisher", search="paper", compensate="mask-tuning"),
     "default": Options(),
@@ -107,6 +113,24 @@ def _seconds(stages: Sequence[dict[str, Any]]) -> dict[str, float]:
         if stage["name"] in took and not stage.get("reused"):
             took[stage["name"]] = stage["seconds"]
     return took
+
+
+@app.command()
+def overhead(folder: Path, out: Path) -> None:
+    """Keep what a sweep took, and each of its cells, from its results.parquet; run it on the machine of the sweep."""
+    from pyarrow import parquet
+
+    found = parquet.read_table(folder / "results.parquet")
+    about = json.loads(found.schema.metadata[b"deploy_prune"])
+    if about["reused"]:
+        raise SystemExit("some cells were kept from before: sweep into an empty folder")
+    cells = {row["key"]: {name: row[name] for name in CELL} for row in found.to_pylist()}  # measured or not
+    account = {name: about[name] for name in ACCOUNT}
+    machine = describe_machine(about["settings"]["threads"])
+    machine = {name: value for name, value in machine.items() if name not in MOMENTARY}
+    document = {**account, "by_cell": list(cells.values()), "machine": machine}
+    write_atomically(out, json.dumps(document, indent=1) + "\n")
+    Console().print(f"overhead {account['overhead']:.1%}", highlight=False)
 
 
 @dataclass(frozen=True)

@@ -325,7 +325,7 @@ def invoke(arguments: list[str]) -> int:
         typer.main.get_command(app)(args=arguments, prog_name="deploy-prune")
     except SystemExit as finished:  # how typer ends: 0, 2 for wrong usage, 130 for Ctrl-C
         if finished.code == INTERRUPTED:
-            screen.err.print("Interrupted: nothing was changed.")
+            screen.err.print("Interrupted: no bundle was changed; what a run, sweep or tuning has finished is kept.")
         return int(finished.code or 0)
     except DeployPruneError as error:
         return _report(error, as_json)

@@ -53,8 +53,9 @@ def calibrate_by_layers(
         tokens, loss = calibration.top(label_free, seed)
         told()
         for depth in reversed(range(depths)):
-            for what, found in calibration.backward(depth, gradient_moments).items():
-                parts[what] = {name: part.to(HOME) for name, part in found.items()} | parts[what]
+            found = calibration.backward(depth, gradient_moments)
+            for what in parts:  # taken out, so that nothing of this layer's is on the device beside the next one's
+                parts[what] = {name: part.to(HOME) for name, part in found.pop(what).items()} | parts[what]
             told()
     calibration.runner.rotation.release()
     return CalibrationStats(
@@ -85,7 +86,7 @@ class _Calibration:
         self.model, self.head, self.feeds, self.layers = model, head, feeds, per_layer(groups)
         self.rows, self.longest = len(rows), max(r.length for r in rows)
         arrays = len(self.layers) + 1
-        whole = StateCache(feeds, groups[0].hidden, arrays, next(model.parameters()).device, 1 << 62, kept_on=HOME)
+        whole = StateCache(feeds, groups[0].hidden, arrays, next(model.parameters()).device, None, kept_on=HOME)
         self.runner = LayerRunner(model, head, feeds, whole)
         self.device = self.runner.device
         self.states = [self.runner.states, *(whole.role() for _ in self.layers)]

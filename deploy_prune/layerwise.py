@@ -84,8 +84,8 @@ def first(output: Any) -> Tensor:
 class StateCache:
     """Keep arrays of hidden states (B, T, d) by batch, in memory-mapped files; on a GPU, in its memory.
 
-    Batches beyond `most_bytes` are not kept: their states are computed anew whenever they are needed. `kept_on` the
-    CPU they lie in files although the `device` that reads them is a GPU.
+    Batches beyond `most_bytes` are not kept: their states are computed anew whenever they are needed; without such a
+    limit all are. `kept_on` the CPU they lie in files although the `device` that reads them is a GPU.
     """
 
     def __init__(
@@ -94,15 +94,16 @@ class StateCache:
         hidden: int,
         arrays: int,
         device: torch.device,
-        most_bytes: int = DEFAULT_CACHE_BYTES,
+        most_bytes: int | None = DEFAULT_CACHE_BYTES,
         kept_on: torch.device | None = None,
     ) -> None:
+        self.most_bytes = most_bytes
         self.shapes = [(*f.mask.shape, hidden) for f in feeds]
         sizes = [b * t * d for b, t, d in self.shapes]
         self.needed_bytes = 4 * arrays * sum(sizes)
         self.offsets, used = [], 0
         for size in sizes:
-            fits = 4 * arrays * (used + size) <= most_bytes
+            fits = most_bytes is None or 4 * arrays * (used + size) <= most_bytes
             self.offsets.append(used if fits else None)
             used += size if fits else 0
         self.used, self.device, self.kept_on = used, device, kept_on or device
@@ -123,9 +124,10 @@ class StateCache:
             data = torch.from_file(name, shared=True, size=self.used, dtype=torch.float32)
         except OSError as error:
             size, folder = f"{self.kept_bytes / 1e9:.2f} GB of hidden states", Path(name).parent
+            fewer = "use fewer --samples" if self.most_bytes is None else "keep fewer of them with --cache-gb"
             raise SystemStateError(
                 f"No room for {size} in {folder}: {error.strerror}.",
-                hint="Name another folder by TMPDIR, or keep fewer of them with --cache-gb.",
+                hint=f"Name another folder by TMPDIR, or {fewer}.",
             ) from error
         finally:
             os.unlink(name)  # the mapping keeps the bytes until it goes, however the process ends

@@ -23,6 +23,7 @@ from .errors import DeployPruneError, DismissedError, InputError, LostProcessErr
 
 SECTIONS = 4  # of a sum; with more processes the next power of two
 TIMEOUT = timedelta(hours=12)  # of waiting for the others: a search or a download may take long in the first process
+BACKENDS = ("gloo", "nccl")  # gloo's errors are plain RuntimeErrors that begin with the path of its source
 Kept = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and plain values
 T = TypeVar("T")
 
@@ -40,14 +41,17 @@ def team(device: torch.device) -> Iterator[None]:
 
     Every process calls the same functions with the same arguments from there on. A process group that is there
     already is used. A termination, as torchrun sends it when another process has ended, raises LostProcessError.
+    A GPU that has a number becomes the current one.
     """
     global _joined
     there = dist.is_initialized()
     if _joined or not (there or started_together()):
         yield
         return
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # what nccl sends lies there: it refuses two processes on one GPU
     if not there:
-        with _connected():
+        with connected():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     before = signal.signal(signal.SIGTERM, _terminated)
     _joined = True
@@ -224,7 +228,7 @@ def fill(tensor: Tensor) -> Tensor:
     """Return a tensor whose entries each one process knows, the others having zeros there."""
     if size() == 1 or not tensor.numel():
         return tensor
-    with _connected():
+    with connected():
         moved = _to_send(tensor)
         dist.all_reduce(moved)
     return moved.to(tensor.device)
@@ -235,7 +239,7 @@ def least(value: float) -> float:
     if size() == 1:
         return value
     found = _to_send(torch.tensor(value, dtype=torch.float64))
-    with _connected():
+    with connected():
         dist.all_reduce(found, dist.ReduceOp.MIN)
     return float(found)
 
@@ -315,15 +319,18 @@ def _to_send(tensor: Tensor) -> Tensor:
 
 def _broadcast(tensor: Tensor, source: int) -> None:
     if tensor.numel():
-        with _connected():
+        with connected():
             dist.broadcast(tensor, source)
 
 
 @contextmanager
-def _connected() -> Iterator[None]:
-    """Say clearly that another process is gone."""
+def connected() -> Iterator[None]:
+    """Raise LostProcessError for what the connection to the others says; other errors, no memory left say, stay."""
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        said = str(error).strip()
+        if not (isinstance(error, dist.DistError) or any(name in said.lower() for name in BACKENDS)):
+            raise
+        reason = (said.splitlines() or [type(error).__name__])[0]
         raise LostProcessError(f"{place()} lost another process, or could not reach it: {reason:.200}") from error

@@ -75,8 +75,9 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
     destination = recipe.destination(task_name)
     recipe = recipe.model_copy(update={"out": str(destination)})
     kept, scratch = resume_folder(destination), _scratch(destination)
-    with staging(destination, aside=kept / HALF) as bundle, ExitStack() as stack:
+    with ExitStack() as stack:
         with parallel.first_ahead():
+            bundle = stack.enter_context(staging(destination, aside=kept / HALF))
             work = Work.load(recipe, source, task_name, device, reporter)
         dense, head, data = work.dense, work.head, work.data
         keep = stack.enter_context(Resume(kept, work.key(), reporter.note))

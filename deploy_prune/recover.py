@@ -97,7 +97,7 @@ def recover(
     a `folder` a run that was killed goes on from its last checkpoint when it is called again with the same models,
     rows and settings; the folder is the caller's to remove. The processes of a team take a part of every batch each.
 
-    Raises InputError for too few rows, or missing labels.
+    Raises InputError for too few rows, or missing labels; LostProcessError when another process of the team has ended.
     Source: Hinton et al. 2015 (outputs); Romero et al. 2014, FitNets (hidden states).
     """
     if len(rows) < LEAST_ROWS:
@@ -134,7 +134,8 @@ def recover(
         )
         checkpoint = scratch.last_checkpoint()
         before = trainer.judge()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with parallel.connected():  # the trainer itself exchanges the gradients
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         after = trainer.judge()
         kept = after < before
         if not kept:

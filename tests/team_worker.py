@@ -3,6 +3,7 @@
 python tests/team_worker.py prune FOLDER       prune tiny models in several ways; the first process writes what came out
 python tests/team_worker.py recover FOLDER     train a tiny student; each process writes its weights
 python tests/team_worker.py die ARGUMENTS...   run the command line; the second process is killed in the scores
+python tests/team_worker.py die-in-recovery ARGUMENTS...   likewise, in recovery, when a checkpoint has been written
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import json
 import os
 import signal
 import sys
+from functools import reduce
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +79,33 @@ def recover_one(folder: Path) -> None:
     (folder / f"record-{parallel.rank()}.json").write_text(json.dumps(record, default=float))
 
 
-def die(*args: Any) -> Any:
-    os.kill(os.getpid(), signal.SIGKILL)
+DEATHS: dict[str, tuple[str, str, int]] = {  # what the second process does not survive: module, name, which call
+    "die": ("deploy_prune.criteria.obs", "eliminate", 1),
+    "die-in-recovery": ("deploy_prune.distil", "DistilTrainer.evaluate", 2),
+}
+
+
+def dies(module: str, name: str, call: int) -> None:
+    """Let a call of a function or method kill the process."""
+    *parents, last = name.split(".")
+    owner: Any = reduce(getattr, parents, importlib.import_module(module))
+    original, calls = getattr(owner, last), count(1)
+
+    def mortal(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, last, mortal)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     np.random.seed(0)
-    if sys.argv[1] == "die":
+    if sys.argv[1] in DEATHS:
         if os.environ["RANK"] == "1":
-            importlib.import_module("deploy_prune.criteria.obs").eliminate = die
+            dies(*DEATHS[sys.argv[1]])
         sys.exit(invoke(sys.argv[2:]))
     with parallel.team(torch.device("cpu")):
         {"prune": prune_all, "recover": recover_one}[sys.argv[1]](Path(sys.argv[2]))

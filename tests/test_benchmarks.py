@@ -15,12 +15,18 @@ from models_tiny import tiny_model, tiny_rows
 
 from deploy_prune.archs import arch_of
 from deploy_prune.batches import Batches
+from deploy_prune.config import load_settings
 from deploy_prune.costs import Budget
 from deploy_prune.heads import Head
 from deploy_prune.pruner import prune_rows
 from deploy_prune.stages import Options
+from deploy_prune.sweep import SweepSettings
+from deploy_prune.sweep.cells import expand, jobs_of
+from deploy_prune.sweep.results import COLUMNS, write_parquet
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+LONG = ("squad_v2", "squad", "qqp")
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.7])
@@ -89,6 +95,63 @@ def test_the_benchmark_of_growth_runs_and_simulates_a_sweep(tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     assert "160 jobs" in done.stdout
+
+
+def test_the_docs_tell_which_jobs_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import scale
+
+    costs = scale.read_costs(ROOT / "docs" / "results" / "scale.jsonl")
+    settings = load_settings(SweepSettings, ROOT / "recipes" / "paper-table.toml", "sweep")
+    hours: dict[tuple[str, str | None, int], float] = {}
+    evaluating: dict[str, float] = {}
+    for job in jobs_of(expand(settings)):
+        entry = settings.entries[job.entry]
+        before, cells = scale.job_seconds(job, settings, costs, "paper", 10.0)
+        hours[entry.label, entry.task, job.seed] = (before + sum(cells)) / 3600
+        rows, length = scale.TASKS[str(entry.task)]
+        seconds = rows * length * costs["bert-base", "paper"].evaluate_per_token
+        evaluating[str(entry.task)] = (1 + len(cells)) * seconds / 3600  # of BERT-base
+    v2, squad, qqp = (f"{hours['BERT-base', task, 0]:.1f}" for task in LONG)
+    parts = [f"{evaluating[task]:.1f}" for task in LONG]
+    said = " ".join((ROOT / "docs" / "scale.md").read_text("utf-8").split())
+    assert f"BERT-base takes {v2} hours on SQuAD v2, {squad} on SQuAD and {qqp} on QQP" in said
+    assert f"of seven budgets is {parts[0]}, {parts[1]} and {parts[2]} hours" in said
+    assert f"beyond {int(sum(hours.values()) / max(hours.values()))} workers the others wait for these thirty" in said
+    assert {task for (_, task, _), took in hours.items() if took > 10} == set(LONG)
+
+
+def test_the_docs_tell_the_overhead_that_was_measured() -> None:
+    kept = json.loads((ROOT / "docs" / "results" / "sweep-overhead.json").read_text("utf-8"))
+    assert len(kept["by_cell"]) == kept["cells"] == 28
+    assert sum(cell["seconds"] for cell in kept["by_cell"]) == pytest.approx(kept["cell_seconds"])
+    overhead = kept["workers"] * kept["wall_seconds"] / kept["cell_seconds"] - 1
+    assert overhead == pytest.approx(kept["overhead"])
+    assert overhead <= 0.05
+    said = " ".join((ROOT / "docs" / "sweep.md").read_text("utf-8").split())
+    seconds, wall = (f"{kept[name]:.1f} s" for name in ("cell_seconds", "wall_seconds"))
+    assert f"28 cells took {seconds} together, {wall} on two workers, an overhead of {100 * overhead:.1f} %" in said
+
+
+def test_the_overhead_of_a_sweep_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    pytest.importorskip("pyarrow", reason="the extra sweep is not installed")
+    import scale
+
+    cell = {"model": "m", "task": "t", "criterion": "auto", "compensate": "refit", "seed": 0, "seconds": 2.0}
+    rows = [{**cell, "keep": keep, "key": key, "runtime": r} for keep, key in ((0.5, "a"), (0.8, "b")) for r in "xy"]
+    account = {"workers": 2, "cells": 2, "cell_seconds": 4.0, "job_seconds": 4.2, "wall_seconds": 2.5, "overhead": 0.25}
+    about = {**account, "reused": 0, "settings": {"threads": 1}}
+    write_parquet([dict.fromkeys(COLUMNS) | row for row in rows], about, tmp_path / "results.parquet")
+    scale.overhead(tmp_path, tmp_path / "kept.json")
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert {name: kept[name] for name in account} == account
+    assert kept["by_cell"] == [{**cell, "keep": keep} for keep in (0.5, 0.8)], "once, in however many runtimes"
+    assert kept["machine"]["cpu"]
+    assert not {"busy", "load_1min", "memory_available_bytes"} & kept["machine"].keys(), "as it is now, not as it was"
+    write_parquet([], about | {"reused": 1}, tmp_path / "results.parquet")
+    with pytest.raises(SystemExit, match="kept from before"):
+        scale.overhead(tmp_path, tmp_path / "kept.json")
 
 
 @given(

@@ -201,7 +201,7 @@ def test_interrupt_leaves_everything_as_it_was(
 
     monkeypatch.setattr(screen.Bars, "stage", interrupted)
     assert published.run("--rearrange", "sample", "--formats", "onnx", command="run") == 130
-    assert "nothing was changed" in error_text(capsys)
+    assert "Interrupted: no bundle was changed" in error_text(capsys)
     assert snapshot(published.out) == before
     assert [p.name for p in published.out.parent.iterdir() if "staging" in p.name] == []
 

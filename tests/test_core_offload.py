@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from fake_cuda import CUDA, fake_cuda, on_cuda
 from models_tiny import FAMILIES, heads_of, tiny_model, tiny_rows
 
-from deploy_prune import prune
+from deploy_prune import parallel, prune
 from deploy_prune.archs import arch_of
 from deploy_prune.batches import Batches
 from deploy_prune.calibration import CalibrationStats, calibrate
@@ -104,11 +105,9 @@ def test_one_layer_is_on_the_device(family: str, monkeypatch: pytest.MonkeyPatch
                 masks[g.name][::2] = 0
             masks["L01.heads"][:] = 0
             plan = SlicePlan.from_masks(groups, masks)
-        for parallel in (False, True):
+        for solver in (Refit(), Refit(parallel=True)):
             student = slice_model(model, groups, plan)
-            swept = sweep(
-                student, teacher, groups, plan, head, Batches(rows, head, 1), Refit(parallel=parallel), stats.saliency
-            )
+            swept = sweep(student, teacher, groups, plan, head, Batches(rows, head, 1), solver, stats.saliency)
             assert {u.weight.device for u in swept.updates.values()} == {HOME}
             assert {p.device.type for layer in Rotation(student).layers for p in layer.parameters()} == {"cpu"}
         seen.clear()
@@ -117,6 +116,38 @@ def test_one_layer_is_on_the_device(family: str, monkeypatch: pytest.MonkeyPatch
             head.outputs(model, batch.inputs)
         assert seen == {0, 1, 2}
         assert {p.device.type for layer in layers for p in layer.parameters()} == {"cpu"}
+
+
+def test_one_layers_statistics_are_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been found of a layer is off the device when the next one computes."""
+    found: list[weakref.ref[torch.Tensor]] = []
+    fill, total = parallel.fill, parallel.SectionSum.total
+
+    def remembered(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(parallel, "fill", lambda tensor: remembered(fill(tensor)))
+    monkeypatch.setattr(parallel.SectionSum, "total", lambda own: remembered(total(own)))
+    head, rows, model = Head("classification"), tiny_rows(40), tiny_model("bert", attn_implementation="eager")
+    known = []
+
+    def check(*args: Any) -> None:
+        known.append(len(found))
+        there = [tensor for ref in found if (tensor := ref()) is not None and tensor.device == CUDA]
+        assert all(tensor.ndim == 0 for tensor in there), "two layers' statistics: only tokens and loss are of all"
+
+    with fake_cuda():
+        on_cuda(model)
+        for layer in Rotation(model).layers:
+            on_cuda(layer, HOME)
+        groups = arch_of(model).groups(model)
+        for g in groups:
+            model.get_submodule(g.consumer).register_forward_hook(check)
+        calibrate_by_layers(model, groups, head, rows, gradient_moments=True)
+    of_a_layer = 2 * 4  # two groups' gradients, saliency, squares and moments
+    assert sorted(set(known)) == [0, 2, 2 + of_a_layer, 2 + 2 * of_a_layer]
+    assert len(found) == 2 + 3 * of_a_layer
 
 
 def test_the_layers_lie_in_main_memory_and_the_rest_on_the_device() -> None:

@@ -17,6 +17,7 @@ from deploy_prune.compensate.layers import Student
 from deploy_prune.costs import Budget
 from deploy_prune.errors import SystemStateError
 from deploy_prune.heads import Head
+from deploy_prune.layer_calibration import calibrate_by_layers
 from deploy_prune.layerwise import LayerRunner, StateCache
 from deploy_prune.pruner import Pruner, prune_rows
 from deploy_prune.slicing import slice_model
@@ -126,4 +127,7 @@ def test_no_room_for_the_states_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     model, head, rows = tiny_model("bert"), Head("classification"), tiny_rows(64)
     with pytest.raises(SystemStateError, match="GB of hidden states") as caught:
         prune_rows(model, head, rows, Budget(0.5))
-    assert "TMPDIR" in caught.value.hint
+    assert caught.value.hint == "Name another folder by TMPDIR, or keep fewer of them with --cache-gb."
+    with pytest.raises(SystemStateError, match="GB of hidden states") as caught:
+        calibrate_by_layers(model, arch_of(model).groups(model), head, rows)
+    assert caught.value.hint == "Name another folder by TMPDIR, or use fewer --samples.", "it keeps all of them"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from killing import identity, kept_files, stages_of
@@ -18,6 +22,7 @@ from safetensors.torch import load_file
 
 from deploy_prune import parallel
 from deploy_prune.bundle import Bundle
+from deploy_prune.errors import LostProcessError
 
 WORKER = Path(__file__).with_name("team_worker.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -28,6 +33,25 @@ def together(processes: int, *words: str) -> subprocess.CompletedProcess[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(torchrun if processes > 1 else []), *words]
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
+
+
+def unwatched(*words: str) -> list[subprocess.CompletedProcess[str]]:
+    """Run Python's words in two processes that nobody tells when one has ended, as torchrun would."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    command, started = [sys.executable, *words], []
+    for rank in ("0", "1"):
+        environment = {**ENVIRONMENT, **meeting, "RANK": rank, "LOCAL_RANK": rank}
+        started.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    try:
+        said = [process.communicate(timeout=300) for process in started]
+        return [subprocess.CompletedProcess(command, p.returncode, *s) for p, s in zip(started, said, strict=True)]
+    finally:
+        for process in started:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +74,7 @@ def test_any_number_of_processes_finds_the_same_plan_and_weights(alone: Path, pr
         one, many = (load_file(folder / f"{name}.safetensors") for folder in (alone, tmp_path))
         assert one.keys() == many.keys()
         for key, value in one.items():
-            assert torch.allclose(value.double(), many[key].double(), rtol=0, atol=1e-6), f"{name} {key}"
+            assert torch.equal(value, many[key]), f"{name} {key}"
 
 
 def test_processes_train_one_student(tmp_path: Path) -> None:
@@ -92,6 +116,66 @@ def test_a_killed_process_ends_the_run_and_the_next_one_goes_on(tmp_path: Path) 
     assert stages_of(Bundle.open(out)) == ["calibrate"]
     assert identity(Bundle.open(out)) == identity(Bundle.open(tmp_path / "whole"))
     assert kept_files(out) == 0
+
+
+def test_a_process_that_dies_in_recovery_is_told_and_its_checkpoint_goes_on(tmp_path: Path) -> None:
+    """The trainer's own exchange of gradients meets the closed connection."""
+    checkpoint(tmp_path / "model", num_hidden_layers=2)
+    data(tmp_path / "data", train=160)
+    words = ["prune", str(tmp_path / "model"), "--task", "text-classification", "--data", str(tmp_path / "data")]
+    words += ["--recover-epochs", "2", "--out", str(tmp_path / "b")]
+    survivor, killed = unwatched(str(WORKER), "die-in-recovery", *words)
+    assert killed.returncode == -signal.SIGKILL
+    said = " ".join(survivor.stderr.split())
+    assert survivor.returncode == 4, said
+    assert "Process 1 of 2 lost another process" in said
+    assert "Run it again: what is finished is kept and used." in said
+    assert list((tmp_path / ".b.recovery" / "recover").glob("checkpoint-*"))
+    again = together(2, "-m", "deploy_prune", *words)
+    assert again.returncode == 0, again.stderr
+    bundle = Bundle.open(tmp_path / "b")
+    assert {"calibrate", "score", "search", "compensate"} <= set(stages_of(bundle))
+    assert next(s for s in bundle.manifest.stages if s.name == "recover").model_dump()["resumed"]
+
+
+def test_only_a_lost_connection_is_told_as_a_lost_process() -> None:
+    gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:38822"
+    for lost in (RuntimeError(gloo), dist.DistBackendError("NCCL communicator was aborted on rank 0.")):
+        with pytest.raises(LostProcessError, match="lost another process"), parallel.connected():
+            raise lost
+    for other in (torch.cuda.OutOfMemoryError("CUDA out of memory."), RuntimeError("shapes cannot be multiplied")):
+        with pytest.raises(RuntimeError) as caught, parallel.connected():
+            raise other
+        assert caught.value is other
+
+
+def test_a_process_sends_from_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all would send from the first one, and nccl refuses two processes on one GPU."""
+    done: list[Any] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: done.append(backend))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("end"))
+    own = torch.device("cuda", 1)
+    with parallel.team(own):
+        assert done == [own, "nccl"], "before the processes meet"
+    assert done[2:] == ["end"]
+    done.clear()
+    with parallel.team(torch.device("cpu")):
+        assert done == ["gloo"]
+
+
+def test_an_out_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "model", num_hidden_layers=1)
+    data(tmp_path / "data", train=160)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "notes.txt").write_text("mine")
+    words = ["prune", str(tmp_path / "model"), "--task", "text-classification", "--data", str(tmp_path / "data")]
+    first, second = unwatched("-m", "deploy_prune", *words, "--out", str(tmp_path / "b"))
+    assert (first.returncode, second.returncode) == (2, 2), second.stderr
+    assert "is not empty and is not a bundle" in " ".join(first.stderr.split())
+    assert "Error" not in second.stderr
 
 
 def test_too_few_rows_for_the_processes_are_refused(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ from deploy_prune.latency_table import KindTable, LatencyTable
 from deploy_prune.progress import Progress, Silent
 from deploy_prune.stages import Options
 from deploy_prune.sweep import Sweep, SweepSettings, run_sweep
-from deploy_prune.sweep.cluster import _LOCAL, _QUIET, connected
+from deploy_prune.sweep.cluster import _LOCAL, _QUIET, bench_options, connected
+from deploy_prune.sweep.driver import Bench, Driver
 
 pytest.importorskip("pyarrow", reason="the extra sweep is not installed")
 LABEL = "edge-box"
@@ -78,8 +79,8 @@ def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(demo_cache: Path) -> Iterator[str]:
-    """Two workers, and beside them a node that only measures; all sweeps of this file run on it."""
+def cluster(demo_cache: Path) -> Iterator[Any]:
+    """Two workers, and beside them a node that only measures; all sweeps of this file run on this Ray cluster."""
     before = dict(os.environ)
     os.environ |= _QUIET | _LOCAL | {"DEPLOY_PRUNE_CACHE": str(demo_cache)}
     pytest.importorskip("ray", reason="the extra sweep is not installed")
@@ -91,7 +92,7 @@ def cluster(demo_cache: Path) -> Iterator[str]:
         made.add_node(num_cpus=0, resources={LABEL: 1})
         try:
             with connected(made.address, 0):
-                yield made.address
+                yield made
         finally:
             made.shutdown()
     os.environ.clear()
@@ -99,7 +100,7 @@ def cluster(demo_cache: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(place: Place, cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Sweep, Path]:
+def undisturbed(place: Place, cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Sweep, Path]:
     out = tmp_path_factory.mktemp("undisturbed")
     return run_sweep(place.settings(), out), out
 
@@ -114,10 +115,11 @@ def results_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Watching(Silent):
-    """Call a function once, when the first cell is kept."""
+    """Call a function once, when the first cell is kept, or some looks later; at most `looks` may follow."""
 
-    def __init__(self, cells: Path, act: Any) -> None:
+    def __init__(self, cells: Path, act: Any, later: int = 0, looks: int = 1000) -> None:
         self.cells, self.act, self.notes = cells, act, list[str]()
+        self.later, self.looks = later, looks
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Progress]:
@@ -125,7 +127,11 @@ class Watching(Silent):
 
     def _look(self, share: float) -> None:
         found = sorted(self.cells.glob("*.json"))
-        if found and self.act is not None:
+        if not found:
+            return
+        self.later, self.looks = self.later - 1, self.looks - 1
+        assert self.looks > 0, "it goes on for ever"
+        if self.later < 0 and self.act is not None:
             act, self.act = self.act, None
             act(json.loads(found[0].read_text())["result"])
 
@@ -191,7 +197,7 @@ def test_a_killed_worker_changes_nothing(undisturbed: tuple[Sweep, Path], place:
     assert table(sweep) == table(undisturbed[0])
 
 
-def test_the_small_recipe_gives_the_same_table_when_a_worker_is_killed(cluster: str, tmp_path: Path) -> None:
+def test_the_small_recipe_gives_the_same_table_when_a_worker_is_killed(cluster: Any, tmp_path: Path) -> None:
     from pyarrow import parquet
 
     assert invoke(["sweep", "-c", str(SMALL), "--out", str(tmp_path / "whole"), "--workers", "2"]) == 0
@@ -280,7 +286,7 @@ def test_failures_are_rows(place: Place, tmp_path: Path, capsys: pytest.CaptureF
     assert "4 cells, 1 of them kept from before" in captured.out
 
 
-def test_budgets_may_be_of_parameters_or_latency(place: Place, cluster: str, tmp_path: Path) -> None:
+def test_budgets_may_be_of_parameters_or_latency(place: Place, cluster: Any, tmp_path: Path) -> None:
     few: dict[str, Any] = {"keeps": [0.6], "seeds": [0], "compensate": ["none"]}
     (row,) = run_sweep(place.settings(**few, budget="params"), tmp_path).rows
     units = 2 * (4 * 32 * 32 + 3 * 32 + 2 * 24 * 32 + 24)  # of two layers, without the biases that stay
@@ -301,7 +307,7 @@ def test_budgets_may_be_of_parameters_or_latency(place: Place, cluster: str, tmp
     assert "measured on 3 layers" in other["reason"], "another table is another cell"
 
 
-def test_convolutional_networks_are_swept_too(cluster: str, tmp_path: Path) -> None:
+def test_convolutional_networks_are_swept_too(cluster: Any, tmp_path: Path) -> None:
     model = channel_checkpoint(tmp_path / "model", "resnet")
     entry = {"model": str(model), "data": str(image_data(tmp_path / "images.npz", size=16))}
     few = {"keeps": [0.8], "samples": 64, "compensate": ["fold+batch-norm"]}
@@ -328,7 +334,7 @@ def test_other_cells_are_not_taken_for_those_asked_for(changed: str, place: Plac
     assert run_sweep(own.settings(**few), out).account["reused"] == 0
 
 
-def test_models_are_measured_here_and_on_labelled_nodes(place: Place, tmp_path: Path) -> None:
+def test_models_are_measured_here_and_on_labelled_nodes(place: Place, cluster: Any, tmp_path: Path) -> None:
     few: dict[str, Any] = {"keeps": [0.5], "seeds": [0], "compensate": ["none"], "bench_threads": 1}
     bench = {"bench_runtimes": ["torch"], "bench_seconds": 0.05}
     here = run_sweep(place.settings(**few, **bench), tmp_path)
@@ -355,7 +361,73 @@ def test_a_runtime_that_cannot_run_is_a_row_with_the_reason(place: Place, tmp_pa
     assert "positions" in row["reason"]
 
 
-def test_labels_must_be_there(place: Place, cluster: str, tmp_path: Path) -> None:
+def test_files_are_made_for_the_runtimes_that_are_asked_for(place: Place, cluster: Any, tmp_path: Path) -> None:
+    """What another sweep's failed measurements left in models/ is not taken for them."""
+    few: dict[str, Any] = {"keeps": [0.5], "seeds": [0], "compensate": ["none"], "bench_threads": 1}
+    left = run_sweep(place.settings(**few, bench_runtimes=["torch"], bench_seq=4096), tmp_path)
+    assert len(left.failed) == 1
+    assert len(list((tmp_path / "models").iterdir())) == 2
+    now = run_sweep(place.settings(**few, bench_runtimes=["ort-cpu"], bench_seconds=0.05), tmp_path)
+    (row,) = now.rows
+    assert row["reason"] is None
+    assert now.account["reused"] == 0, "its files were made anew"
+    assert (row["plan_hash"], row["weights_hash"]) == (left.rows[0]["plan_hash"], left.rows[0]["weights_hash"])
+
+
+@pytest.mark.parametrize("moment", ["before its first measurement", "during a measurement"])
+def test_a_labelled_node_that_leaves_is_the_reason(moment: str, place: Place, cluster: Any, tmp_path: Path) -> None:
+    label = f"leaving-{moment.split()[0]}"
+    node = cluster.add_node(num_cpus=0, resources={label: 1})
+    settings = place.settings(
+        keeps=[0.5],
+        compensate=["none"],
+        bench_threads=1,
+        bench_runtimes=["torch"],
+        bench_seconds=300.0,
+        bench_on=[label],
+    )
+    later = 0 if moment.startswith("before") else 20  # two looks at every event or second
+    watching = Watching(tmp_path / "cells", lambda result: cluster.remove_node(node), later, looks=120)
+    sweep = run_sweep(settings, tmp_path, reporter=watching)
+    assert watching.act is None, "it left"
+    reasons = {row["reason"] for row in sweep.rows}
+    assert reasons == {f"No node of the Ray cluster has the label '{label}' any more."}
+    assert len(sweep.rows) == 2
+    assert all(row["plan_hash"] for row in sweep.rows), "the cells are there"
+
+
+def test_nothing_is_measured_beside_cells_on_the_same_node(
+    place: Place, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A measurement here begins when all jobs have ended; it is alone, and has all CPUs."""
+    begun = []
+    start = Driver._measure
+
+    def watched(driver: Driver, bench: Bench) -> None:
+        begun.append((bench, len(driver.running), len(driver.queue), len(driver.measuring)))
+        start(driver, bench)
+
+    def instant(spec: Any, sliced: Any, dense: Any) -> dict[str, float]:
+        return {"latency_ms": 1.0, "latency_ms_dense": 2.0, "ratio": 0.5}
+
+    monkeypatch.setattr(Driver, "_measure", watched)
+    monkeypatch.setattr("deploy_prune.sweep.bench.measure", instant)
+    few: dict[str, Any] = {"keeps": [0.5, 0.8], "compensate": ["none"], "bench_runtimes": ["torch"]}
+    sweep = run_sweep(place.settings(**few), tmp_path)
+    assert [row["ratio"] for row in sweep.rows] == [0.5] * 4
+    assert sorted(bench.number for bench, *_ in begun) == [0, 1, 2, 3]
+    assert {tuple(others) for _, *others in begun} == {(0, 0, 0)}
+
+    import ray
+
+    options = bench_options(None)
+    assert options["num_cpus"] == 2, "all that this node has"
+    assert options["scheduling_strategy"].node_id == ray.get_runtime_context().get_node_id()
+    assert options["scheduling_strategy"].soft is False
+    assert bench_options(LABEL) == {"num_cpus": 0, "num_gpus": 0, "resources": {LABEL: 1}}
+
+
+def test_labels_must_be_there(place: Place, cluster: Any, tmp_path: Path) -> None:
     bench = {"bench_runtimes": ["torch"]}
     with pytest.raises(InputError, match="has the label 'moon'"):
         run_sweep(place.settings(**bench, bench_on=["moon"]), tmp_path)
@@ -365,7 +437,7 @@ def test_labels_must_be_there(place: Place, cluster: str, tmp_path: Path) -> Non
         run_sweep(place.settings(threads=64), tmp_path)
 
 
-def test_one_sweep_at_a_time(place: Place, cluster: str, tmp_path: Path) -> None:
+def test_one_sweep_at_a_time(place: Place, cluster: Any, tmp_path: Path) -> None:
     from deploy_prune.bundle import locked
 
     with locked(tmp_path / "out"), pytest.raises(SystemStateError, match="Another run"):

@@ -246,6 +246,18 @@ def test_a_killed_search_goes_on(place: Path, tmp_path: Path, monkeypatch: pytes
     assert len([seconds for _, seconds in clock.calls if seconds == killed.seconds]) == 1
 
 
+def test_an_interrupt_tells_what_is_kept(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock, out = Clock(monkeypatch), tmp_path / "best"
+    clock.dies_at = 1
+    assert invoke(words(place, out, target_latency_ms=0.85 * dense_ms(place), trials=3)) == 130
+    shown = said_in(capsys)
+    assert "Interrupted: no bundle was changed; what a run, sweep or tuning has finished is kept." in shown
+    assert len(clock.calls) == 1
+    assert out.with_name("best.tune").joinpath("study.log").stat().st_size > 0
+
+
 def test_nothing_meets_both_limits(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,6 +357,18 @@ def test_tables_of_several_lengths_will_do(place: Path, tmp_path: Path, monkeypa
     assert document["seq_len"] == 12
     with pytest.raises(InputError, match="for length 20, the latency table was probed from 4 to 16 tokens"):
         tune(str(place / "model"), settings_of(place, tmp_path / "best", seq_len=20, **changes))
+
+
+@pytest.mark.parametrize(("batches", "said"), [((8,), "8"), ((2, 8), "2, 8")])
+def test_tables_of_another_batch_are_refused(
+    batches: tuple[int, ...], said: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = json.loads((place / "lut.json").read_text())
+    tables = [one | {"batch": batch, "seq": seq} for batch in batches for seq in (4, 16)]
+    several = tmp_path / "lut.json"
+    several.write_text(json.dumps({"kind": "lengths", "tables": tables}))
+    assert invoke(words(place, tmp_path / "best", lut=several)) == 2
+    assert f"The latency table is of batch {said}, the target of batch 1." in said_in(capsys)
 
 
 def test_quality_needs_labels(tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:

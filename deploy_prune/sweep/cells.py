@@ -55,11 +55,11 @@ def jobs_of(cells: Sequence[Cell]) -> list[Job]:
 
 
 def job_spec(
-    job: Job, settings: SweepSettings, known: Collection[str], dense: Collection[str], code: str
+    job: Job, settings: SweepSettings, known: Collection[str], models: Collection[str], code: str
 ) -> dict[str, Any]:
     """Return all that a worker needs for a job, as plain values.
 
-    `known` are the keys of cells and `dense` those of dense models that the driver has; `code` is its `code_hash`.
+    `known` are the keys of cells and `models` the names of files that the driver has; `code` is its `code_hash`.
     """
     return {
         "settings": settings.model_dump(mode="json"),
@@ -67,10 +67,15 @@ def job_spec(
         "seed": job.seed,
         "cells": [asdict(cell) for cell in job.cells],
         "known": sorted(known),
-        "dense": sorted(dense),
+        "models": sorted(models),
         "code": code,
         "environment": {name: os.environ.get(name) for name in (ALLOW_CODE, ALLOW_PICKLE)},
     }
+
+
+def files_name(key: str, settings: SweepSettings) -> str:
+    """Return what models/ calls a model's files, which are made for the runtimes that measure them."""
+    return digest([key, sorted(settings.bench_runtimes)])
 
 
 def code_hash() -> str:

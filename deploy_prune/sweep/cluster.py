@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -102,11 +102,16 @@ def _starting(what: str) -> Iterator[None]:
         ) from error
 
 
-def capacity(threads: int, device: str) -> int:
-    """Return how many jobs of so many threads run at once. Raises InputError where no node can run one."""
+def alive() -> list[Mapping[str, float]]:
+    """Return the resources of every node that is there."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def capacity(threads: int, device: str) -> int:
+    """Return how many jobs of so many threads run at once. Raises InputError where no node can run one."""
+    nodes = alive()
     room = [int(n.get("CPU", 0)) // threads for n in nodes]
     if device == "cuda":
         room = [min(r, int(n.get("GPU", 0))) for r, n in zip(room, nodes, strict=True)]
@@ -118,9 +123,7 @@ def capacity(threads: int, device: str) -> int:
 
 def check_labels(labels: tuple[str, ...]) -> None:
     """Raise InputError for a label that no node has, or whose node would also prune."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = alive()
     for label in labels:
         labelled = [resources for resources in nodes if label in resources]
         start = f"Start it so: ray start --address ... --num-cpus 0 --resources '{{\"{label}\": 1}}'"
@@ -130,13 +133,19 @@ def check_labels(labels: tuple[str, ...]) -> None:
             raise InputError(f"Jobs would run on the node '{label}', which is to measure: it has CPUs.", hint=start)
 
 
+def gone(labels: Sequence[str]) -> list[str]:
+    """Return the labels that no node has any more: Ray would wait for ever for one to come back."""
+    nodes = alive() if labels else []
+    return [label for label in labels if not any(label in resources for resources in nodes)]
+
+
 def bench_options(place: str | None) -> dict[str, Any]:
     """Return the options of a Ray task that has a node for itself: the one of a label, or this machine."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     if place is not None:
-        gpus = max(n["Resources"].get("GPU", 0) for n in ray.nodes() if n["Alive"] and place in n["Resources"])
+        gpus = max((node.get("GPU", 0) for node in alive() if place in node), default=0)
         return {"num_cpus": 0, "num_gpus": gpus, "resources": {place: 1}}
     here = ray.get_runtime_context().get_node_id()
     own: Mapping[str, float] = next(n["Resources"] for n in ray.nodes() if n["NodeID"] == here)

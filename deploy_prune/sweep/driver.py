@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..progress import Progress, Reporter
-from .cells import Cell, Job, code_hash, digest, expand, job_spec, jobs_of
-from .cluster import bench_options
+from .cells import Cell, Job, code_hash, digest, expand, files_name, job_spec, jobs_of
+from .cluster import bench_options, gone
 from .settings import SweepSettings
 from .store import Store
 
@@ -114,6 +114,7 @@ class Driver:
             )
             left = {cell.number: cell for cell in job.cells}
             self.running[task.remote(spec)] = Running(job, left, time.perf_counter())
+        self._leave_lost_nodes()
         busy = {bench.place for bench in self.measuring.values()}
         for place, waiting in self.waiting.items():
             if waiting and place not in busy and (place is not None or not (self.queue or self.running)):
@@ -163,8 +164,8 @@ class Driver:
                 if "files" in event:
                     result["dense_model"] = event["dense"]
                     if "dense_files" in event:
-                        self.store.keep_model(event["dense"], event["dense_files"])
-                    self.store.keep_model(key, event["files"])
+                        self.store.keep_model(files_name(event["dense"], self.settings), event["dense_files"])
+                    self.store.keep_model(files_name(key, self.settings), event["files"])
                 self.store.keep("cells", key, result)
                 self.cell_seconds += result["seconds"]
                 self._done(run, event["number"], {"key": key, "result": result})
@@ -213,7 +214,7 @@ class Driver:
         """Say whether a cell's result is all that is needed of it: what is to be measured needs its models too."""
         if all(self._bench_key(key, bench) in self.measured for bench in self._benches_of(0)):
             return True
-        return {key, result.get("dense_model")} <= models
+        return {files_name(of, self.settings) for of in (key, result.get("dense_model", ""))} <= models
 
     def _measure(self, bench: Bench) -> None:
         import ray
@@ -223,7 +224,7 @@ class Driver:
         found = self.results[bench.number]
         dense = found["result"]["dense_model"]
         if self._dense[0] != dense:
-            self._dense = dense, ray.put(self.store.model(dense))
+            self._dense = dense, ray.put(self.store.model(files_name(dense, self.settings)))
         spec = {
             "settings": self.settings.model_dump(mode="json"),
             "runtime": bench.runtime,
@@ -231,7 +232,20 @@ class Driver:
         }
         options = bench_options(bench.place)
         task = ray.remote(measure).options(max_retries=self.settings.max_retries, **options)
-        self.measuring[task.remote(spec, self.store.model(found["key"]), self._dense[1])] = bench
+        sliced = self.store.model(files_name(found["key"], self.settings))
+        self.measuring[task.remote(spec, sliced, self._dense[1])] = bench
+
+    def _leave_lost_nodes(self) -> None:
+        """Give up the measurements for labels whose nodes are gone."""
+        import ray
+
+        for place in gone(self.settings.bench_on):
+            reason = {"reason": f"No node of the Ray cluster has the label '{place}' any more."}
+            for task in [task for task, bench in self.measuring.items() if bench.place == place]:
+                ray.cancel(task, force=True)
+                self._measured(self.measuring.pop(task), reason)
+            while self.waiting[place]:
+                self._measured(self.waiting[place].popleft(), reason)
 
     def _measured(self, bench: Bench, found: dict[str, Any]) -> None:
         self.benches[bench] = found
@@ -241,7 +255,7 @@ class Driver:
         key = self.results[bench.number]["key"]
         self.store.keep("bench", self._bench_key(key, bench), found)
         if all("reason" not in self.benches.get(b, {"reason": ""}) for b in self._benches_of(bench.number)):
-            self.store.drop_models(key)
+            self.store.drop_models(files_name(key, self.settings))
 
     def _benches_of(self, number: int) -> list[Bench]:
         return [Bench(number, r, place) for r in self.settings.bench_runtimes for place in self.settings.places]

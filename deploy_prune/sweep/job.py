@@ -28,7 +28,7 @@ from ..progress import Silent
 from ..resolving import check_length, check_rows, is_label_free, resolve
 from ..resume import hash_inputs, hash_state, run_key
 from ..stages import Options, PrunedPlan
-from .cells import Cell, code_hash, digest
+from .cells import Cell, code_hash, digest, files_name
 from .settings import Entry, SweepSettings
 
 FORMAT = 1  # raised when a cell's result has other columns
@@ -63,7 +63,7 @@ def run_job(spec: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"event": "loaded", "pid": os.getpid(), "host": socket.gethostname()}
         for cell in (Cell(**values) for values in spec["cells"]):
             try:
-                event = desk.cell(cell, spec["known"], spec["dense"], load_seconds)
+                event = desk.cell(cell, spec["known"], spec["models"], load_seconds)
             except Exception as error:  # one cell's failure is no other's
                 event = {"event": "failed", "number": cell.number, "reason": reason_of(error)}
             if event["event"] == "cell":
@@ -157,7 +157,7 @@ class Desk:
         own = {"budget": self.settings.budget, "keep": cell.keep, "seq_len": self.entry.seq_len, "lut": lut}
         return digest([self.key, own, asdict(self.options(cell))])
 
-    def cell(self, cell: Cell, known: list[str], dense: list[str], load_seconds: float) -> dict[str, Any]:
+    def cell(self, cell: Cell, known: list[str], models: list[str], load_seconds: float) -> dict[str, Any]:
         """Compute a cell, unless the driver knows its result; return the event that says so."""
         started = time.perf_counter()
         key = self.cell_key(cell)
@@ -184,7 +184,7 @@ class Desk:
         }
         event: dict[str, Any] = {"event": "cell", "number": cell.number, "key": key}
         if self.settings.bench_runtimes:
-            event |= self._files(sliced, dense)
+            event |= self._files(sliced, models)
         result["seconds"] = load_seconds + time.perf_counter() - started
         return event | {"result": result | {"host": socket.gethostname(), "pid": os.getpid()}}
 
@@ -202,13 +202,13 @@ class Desk:
             "declined": len(described["declined"]),
         }
 
-    def _files(self, sliced: nn.Module, dense: list[str]) -> dict[str, Any]:
+    def _files(self, sliced: nn.Module, models: list[str]) -> dict[str, Any]:
         """Return the sliced model's files to be measured, and the dense one's where the driver has none."""
-        name = digest([self.key["model"], sorted(self.settings.bench_runtimes), self.key["versions"]])
-        found: dict[str, Any] = {"dense": name, "files": self._bundle(sliced)}
-        if name not in dense:
+        dense = digest([self.key["model"], self.key["versions"]])
+        found: dict[str, Any] = {"dense": dense, "files": self._bundle(sliced)}
+        if (name := files_name(dense, self.settings)) not in models:
             found["dense_files"] = self._bundle(self.lab.whole())
-            dense.append(name)
+            models.append(name)
         return found
 
     def _bundle(self, model: nn.Module) -> dict[str, bytes]:

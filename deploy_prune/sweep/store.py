@@ -45,29 +45,29 @@ class Store:
         write_atomically(self.root / kind / f"{key}.json", text)
 
     def models(self) -> set[str]:
-        """Return the keys of the models that are there."""
+        """Return the names of the models that are there."""
         return {path.name for path in (self.root / "models").iterdir() if path.is_dir()}
 
-    def keep_model(self, key: str, files: Mapping[str, bytes]) -> None:
-        """Write a model's files."""
+    def keep_model(self, name: str, files: Mapping[str, bytes]) -> None:
+        """Write a model's files; a name stands for their contents (`cells.files_name`)."""
         folder = self.root / "models"
         with disk_errors(folder):
             half = Path(tempfile.mkdtemp(prefix=".half-", dir=folder))
             try:
-                for name, content in files.items():
-                    (half / name).parent.mkdir(parents=True, exist_ok=True)
-                    (half / name).write_bytes(content)
-                if not (folder / key).exists():
-                    half.rename(folder / key)
+                for path, content in files.items():
+                    (half / path).parent.mkdir(parents=True, exist_ok=True)
+                    (half / path).write_bytes(content)
+                if not (folder / name).exists():
+                    half.rename(folder / name)
             finally:
                 shutil.rmtree(half, ignore_errors=True)
 
-    def model(self, key: str) -> dict[str, bytes]:
+    def model(self, name: str) -> dict[str, bytes]:
         """Return a model's files by path."""
-        root = self.root / "models" / key
+        root = self.root / "models" / name
         return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
-    def drop_models(self, *keys: str) -> None:
-        """Remove models that nobody will measure any more; without keys all of them."""
-        for key in keys or self.models():
-            shutil.rmtree(self.root / "models" / key, ignore_errors=True)
+    def drop_models(self, *names: str) -> None:
+        """Remove models that nobody will measure any more; without names all of them."""
+        for name in names or self.models():
+            shutil.rmtree(self.root / "models" / name, ignore_errors=True)

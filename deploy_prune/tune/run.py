@@ -157,6 +157,11 @@ def _length(settings: TuneSettings, lab: Lab, given: AnyLatency | None) -> int:
             hint="Leave --lut out to probe first, or give its --batch and --seq-len.",
         )
     if isinstance(given, LatencyTables):
+        if settings.batch not in (probed := sorted({t.batch for t in given.tables})):
+            raise InputError(
+                f"The latency table is of batch {', '.join(map(str, probed))}, the target of batch {settings.batch}.",
+                hint="Leave --lut out to probe first, or give its --batch.",
+            )
         given.shares(Lengths(((found, 1),), settings.batch))
     return found
 
