@@ -285,9 +285,9 @@ def recorded_quality(bundle: Bundle, model: str, runtime: str) -> tuple[str, flo
     (subject,) = bundle_subjects(bundle, [model])
     entry: dict[str, Any] = bundle.manifest.quality.get(str(subject.variant)) or {}
     if subject.precision != "fp32":
-        path = getattr(subject.open(runtime, None), "path", None)
+        opened: Any = getattr(subject.open(runtime, None), "path", None)
         files = {bundle.path(a.path): a.quality for a in bundle.manifest.artifacts}
-        entry = files.get(path) or {}
+        entry = files.get(opened) or {}
     if entry.get("value") is None:
         raise InputError(
             f"The bundle {bundle.root} holds no measured quality of {model} in {runtime}.",
