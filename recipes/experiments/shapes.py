@@ -14,6 +14,7 @@ A plan keeps early layers whole and late ones nearly empty, as searched plans do
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from itertools import product
@@ -60,10 +61,14 @@ def make(
         out = folder / f"{keep:g}"
         if out.exists():
             continue
+        made_in = folder / f".{keep:g}"  # until it is whole
+        shutil.rmtree(made_in, ignore_errors=True)
         with tempfile.TemporaryDirectory() as scratch:
             masks = Path(scratch) / "masks.npz"
             np.savez(masks, **ragged_masks(groups, keep, length, align))
-            bundle = slice_given(str(model), [masks], out, task=task, data=str(data) if data else None, seq_len=length)
+            bundle = slice_given(
+                str(model), [masks], made_in, task=task, data=str(data) if data else None, seq_len=length
+            )
         variants = ("dense", "virtual", "sliced") if keep == KEEPS[1] else ("sliced",)
         options = Options()
         evaluation = evaluation_of(bundle) if data else None
@@ -77,6 +82,7 @@ def make(
         )
         made.check()
         bundle.commit()
+        made_in.rename(out)
         print("\n".join(made.left_out()))
         print(f"{out}: {bundle.manifest.budget['keep']:.4f} of the encoder's FLOPs at {length} tokens")
 
