@@ -272,14 +272,16 @@ def test_a_place_that_cannot_be_written_is_told_before_measuring(
         assert words in " ".join(capsys.readouterr().err.split())
 
 
-def test_weights_beside_a_file_count_in_its_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("location", ["model.onnx_data", "weights/all.bin"])
+def test_weights_beside_a_file_count_in_its_size(location: str, tmp_path: Path) -> None:
     """Whatever they are called: optimum writes model.onnx_data."""
     import onnx
 
     path = picture_file(tmp_path / "model.onnx", "n")
     proto = onnx.load(path)
+    (tmp_path / location).parent.mkdir(exist_ok=True)
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(5000, np.float32), "unused"))
-    onnx.save_model(proto, path, save_as_external_data=True, location="model.onnx_data", size_threshold=0)
+    onnx.save_model(proto, path, save_as_external_data=True, location=location, size_threshold=0)
     assert open_onnx(path).file_bytes() == path.stat().st_size + 20_000
 
 

@@ -92,7 +92,7 @@ def weight_files(path: Path) -> set[Path]:
     import onnx
 
     tensors = onnx.load(path, load_external_data=False).graph.initializer
-    return {path.with_name(e.value) for tensor in tensors for e in tensor.external_data if e.key == "location"}
+    return {path.parent / e.value for tensor in tensors for e in tensor.external_data if e.key == "location"}
 
 
 class Opener(Protocol):
