@@ -85,7 +85,8 @@ class Verdict:
         """Raise VerdictError when a check failed, SystemStateError when the machine was too noisy to tell."""
         bad = [c.text for c in self.checks if c.outcome == self.outcome]
         if self.outcome == "failed":
-            raise VerdictError(" ".join(bad), hint="See the ratio and its interval; bench and the report say more.")
+            timed = any(c.name in ("slowdown", "latency") for c in self.checks if c.outcome == "failed")
+            raise VerdictError(" ".join(bad), hint="bench and the report say more of its times." if timed else "")
         if self.outcome == "too noisy":
             raise SystemStateError(
                 " ".join(bad), hint="Use a quieter machine, more --max-seconds, or allow a coarser --resolution."
