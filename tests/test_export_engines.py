@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from bundles_tiny import exported_bundle
@@ -156,3 +159,79 @@ def test_tensorrt_says_what_it_lacks() -> None:
     error = EXPORTERS["tensorrt"].missing()
     assert isinstance(error, MissingExtraError | SystemStateError)
     assert error.exit_code in (3, 4)
+
+
+class HostMemory:
+    """Answer as `cuda.bindings.runtime` does, with the host's memory for the device's and a clock of 3 ms a run."""
+
+    class cudaMemcpyKind:
+        cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost = 1, 2
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, Any] = {}
+        self.calls: list[str] = []
+
+    def cudaMalloc(self, size: int) -> tuple[int, int]:
+        block = ctypes.create_string_buffer(size)
+        self.blocks[ctypes.addressof(block)] = block
+        return 0, ctypes.addressof(block)
+
+    def cudaFree(self, pointer: int) -> tuple[int]:
+        del self.blocks[pointer]
+        return (0,)
+
+    def cudaMemcpy(self, target: int, source: int, size: int, kind: int) -> tuple[int]:
+        ctypes.memmove(target, source, size)
+        return (0,)
+
+    def cudaEventRecord(self, event: str, stream: int) -> tuple[int]:
+        self.calls.append(event)
+        return (0,)
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
+        self.calls.append("wait")
+        return (0,)
+
+    def cudaEventElapsedTime(self, begin: str, end: str) -> tuple[int, float]:
+        assert (begin, end) == ("begin", "end")
+        return 0, 3.0
+
+
+class Doubling:
+    """Compute y = 2 x as an engine's execution context would."""
+
+    def __init__(self, cuda: HostMemory) -> None:
+        self.cuda = cuda
+        self.shape: tuple[int, ...] = (0,)
+        self.places: dict[str, int] = {}
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shape = shape
+        return shape[0] <= 8
+
+    def set_tensor_address(self, name: str, pointer: int) -> None:
+        self.places[name] = pointer
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shape
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self.cuda.calls.append("run")
+        read, write = ((ctypes.c_float * self.shape[0]).from_address(self.places[n]) for n in ("x", "y"))
+        write[:] = [2 * value for value in read]
+        return True
+
+
+def test_an_engine_tells_the_devices_own_time_and_frees_its_memory() -> None:
+    opened, cuda = EngineRunner("x.engine", TENSORRT, {"profile": "1:4:8"}), HostMemory()
+    opened.cudart, opened.context, opened.stream = cuda, Doubling(cuda), 0
+    opened.begin, opened.end, opened.output_names = "begin", "end", ("y",)
+    opened.engine = SimpleNamespace(get_tensor_dtype=lambda name: "FLOAT")
+    opened.trt = SimpleNamespace(nptype=lambda dtype: np.float32)
+    found = opened._infer({"x": np.array([1.0, 2.5, -3.0], np.float32)})
+    assert found["y"].tolist() == [2.0, 5.0, -6.0]
+    assert cuda.calls == ["begin", "run", "end", "wait"]
+    assert opened.device_ns == 3_000_000
+    with pytest.raises(InputError, match="lies outside of 1:4:8"):
+        opened._infer({"x": np.zeros(9, np.float32)})
+    assert cuda.blocks == {}

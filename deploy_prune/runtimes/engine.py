@@ -72,7 +72,7 @@ def _axes(shape: Sequence[int]) -> tuple[int | str, ...]:
 
 
 class EngineRunner(Runner):
-    """Run an engine on the first GPU, inputs and outputs in host memory.
+    """Run an engine on the first GPU, inputs and outputs in host memory; `device_ns` is the engine's own time there.
 
     Opening raises MissingExtraError without the runtime, SystemStateError without a GPU or on another GPU
     or version than the engine was built for.
@@ -103,6 +103,7 @@ class EngineRunner(Runner):
             )
         self.context = self.engine.create_execution_context()
         self.stream = self._call(cudart.cudaStreamCreate())
+        self.begin, self.end = (self._call(cudart.cudaEventCreate()) for _ in range(2))
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         is_input = {n: self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT for n in names}
         self.inputs = tuple(
@@ -138,9 +139,12 @@ class EngineRunner(Runner):
                 places[name] = self._call(cudart.cudaMalloc(max(outputs[name].nbytes, 1)))
                 memory.append(places[name])
                 self.context.set_tensor_address(name, int(places[name]))
+            self._call(cudart.cudaEventRecord(self.begin, self.stream))
             if not self.context.execute_async_v3(int(self.stream)):
                 raise SystemStateError(f"{self.api.title} failed to run {self.path.name}.")
+            self._call(cudart.cudaEventRecord(self.end, self.stream))
             self._call(cudart.cudaStreamSynchronize(self.stream))
+            self.device_ns = round(1e6 * self._call(cudart.cudaEventElapsedTime(self.begin, self.end)))
             for name, array in outputs.items():
                 self._call(cudart.cudaMemcpy(array.ctypes.data, places[name], array.nbytes, to_host))
             return outputs
@@ -149,6 +153,8 @@ class EngineRunner(Runner):
                 cudart.cudaFree(pointer)
 
     def _deactivate(self) -> None:
+        for event in (self.begin, self.end):
+            self.cudart.cudaEventDestroy(event)
         self.cudart.cudaStreamDestroy(self.stream)
         self.context = self.engine = None
 
