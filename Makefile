@@ -1,7 +1,7 @@
 # One command each, on a machine with Python >= 3.11 and make. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup export regress test check audit fuzz test-transformers4 bench-prune bench-parallel clean
+.PHONY: help setup export regress test triton check audit fuzz test-transformers4 bench-prune bench-parallel clean
 
 PYTHON ?= python3
 # The CPU and the CUDA runtimes overwrite each other, so each flavour has an environment of its own.
@@ -15,6 +15,7 @@ endif
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 OVERLAY := .overlay-transformers4
+TRITON := .venv-triton
 
 # $(call flag,VARIABLE,--option) is `--option 'value'` where the variable is set, whatever the value holds.
 quoted = '$(subst ','\'',$(value $(1)))'
@@ -51,9 +52,19 @@ regress: $(READY) ## Check NEW against BASE in this job: latency, and what FLAGS
 	  $(BIN)/deploy-prune gate $(call quoted,NEW) $(call flag,BASE,--base) --junit gate/junit.xml \
 	  --out gate/verdict.json --history gate/history.jsonl --trend gate/trend.svg $(FLAGS)
 
+triton: $(TRITON)/.installed ## Make an environment with a real Triton server, for tests/test_triton.py (Linux)
+
+$(TRITON)/.installed: constraints.txt
+	@$(PYTHON) -m venv $(TRITON)
+	@$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check numpy==1.26.4 \
+	  $$(grep -E '^(tokenizers|onnxruntime)==' constraints.txt)
+	@$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0
+	@touch $@
+
 test: JOBS ?= 2
 test: $(READY) ## Run all tests, JOBS files at a time (those on real data only where DEPLOY_PRUNE_DATA is set)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n $(call quoted,JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(if $(wildcard $(TRITON)/.installed),DEPLOY_PRUNE_TRITON=$(TRITON)) \
+	  $(BIN)/python -m pytest -rs -n $(call quoted,JOBS) --dist loadfile
 
 check: $(READY) ## Run ruff, bandit, mypy on an installed copy, and the test of the import direction
 	$(BIN)/ruff check .
