@@ -22,7 +22,7 @@ from ..errors import InputError, MissingExtraError, SystemStateError
 from ..npz import read_npz
 from ..progress import Progress
 from ..runtimes import available_runtimes, onnx_runtimes
-from .isolate import Worker, WorkerError
+from .isolate import TIMEOUT_SECONDS, Worker, WorkerError
 from .machine import default_threads, describe_machine
 from .scenarios import check_scenarios
 from .sensors import describe_gpus
@@ -33,6 +33,7 @@ from .timing import Samples, take_turns
 SCHEMA_VERSION = "2.0"
 CONTROL = "/control"  # the second process of the baseline, from which the noise floor is read; no file is so named
 BASELINE = "dense"
+SCENARIO_TIMES = 3  # a scenario may take so many times its seconds: loadgen sizes its queries by an estimate
 _CELL = "deploy_prune.runtime_bench.cells:Cell"
 
 
@@ -207,11 +208,15 @@ def time_subjects(subjects: Sequence[Subject], place: Place, settings: BenchSett
             timed.described[name] |= turn.sensed()
             if name != CONTROL:
                 timed.described[name]["scenarios"] = found = {}
+                within = TIMEOUT_SECONDS + SCENARIO_TIMES * settings.seconds
                 for scenario in settings.scenarios:
                     try:
-                        found[scenario] = workers[name].call("scenario", name=scenario, seconds=settings.seconds)
+                        found[scenario] = workers[name].call(
+                            "scenario", within=within, name=scenario, seconds=settings.seconds
+                        )
                     except WorkerError as error:
                         timed.failures[name] = error
+                        break
     return timed
 
 
@@ -227,25 +232,22 @@ class _Turns:
     def __init__(self, name: str, worker: Worker) -> None:
         self.name, self.worker = name, worker
         self.runs = 0
-        self.device_ns: list[int] = []
         self.energy: dict[str, float | None] = {"cpu_joules": 0.0, "gpu_joules": 0.0}
 
-    def __call__(self, runs: int) -> tuple[list[int], list[int]]:
+    def __call__(self, runs: int) -> tuple[list[int], list[int], list[int]]:
         try:
             answer = self.worker.call("run", runs=runs)
         except WorkerError as error:
             raise _TurnError(self.name, error) from error
         self.runs += runs
-        self.device_ns += answer["device_ns"]
         for sensor, total in self.energy.items():
             found = answer[sensor]
             self.energy[sensor] = None if total is None or found is None else total + found
-        return answer["wall_ns"], answer["cpu_ns"]
+        return answer["wall_ns"], answer["cpu_ns"], answer["device_ns"]
 
-    def sensed(self) -> dict[str, Any]:
-        """Return the joules per run and the summary of the device's own times, warm-up included; None for no sensor."""
-        joules = {f"{name}_per_run": None if sum_ is None else sum_ / self.runs for name, sum_ in self.energy.items()}
-        return joules | {"device_ms": summarise_ms(self.device_ns) if self.device_ns else None}
+    def sensed(self) -> dict[str, float | None]:
+        """Return the joules per run, those of the warm-up included; None for no sensor."""
+        return {f"{name}_per_run": None if sum_ is None else sum_ / self.runs for name, sum_ in self.energy.items()}
 
 
 def _noise(timed: Timed, baseline: str) -> dict[str, Any]:
@@ -266,9 +268,11 @@ def _measurement(timed: Timed, name: str, baseline: str, batch: int, floor: floa
         "runs": len(own.flat()),
         "latency_ms": latency,
         "cpu_ms": summarise_ms(own.flat("cpu")),
+        "device_ms": summarise_ms(own.flat("device")) if own.device_ns else None,
         "rows_per_second": 1000 * batch / latency["mean"],
         "ratio": ratio,
         "cpu_ratio": _ratio(timed, name, baseline, "cpu") if known else None,
+        "device_ratio": _ratio(timed, name, baseline, "device") if known else None,
         "difference": None if ratio is None or name == baseline else tell_difference(ratio, floor),
         **timed.described[name],
     }
@@ -276,18 +280,20 @@ def _measurement(timed: Timed, name: str, baseline: str, batch: int, floor: floa
 
 def _ratio(timed: Timed, name: str, baseline: str, clock: str) -> dict[str, float] | None:
     own, base = timed.samples[name].rounds(clock), timed.samples[baseline].rounds(clock)
-    if np.median(base) == 0:  # a clock too coarse for this model
+    if not own or not base or np.median(base) == 0:  # a clock that is not there, or too coarse for this model
         return None
     return ratio_of_medians(own, base).to_dict()
 
 
 def _raw(timed: Timed, place: Place) -> Iterator[tuple[str, np.ndarray]]:
-    """Name the samples of a cell: wall and processor ns of every run, and the round of each."""
+    """Name the samples of a cell: wall, processor and (where told) device ns of every run, and the round of each."""
     for name, samples in timed.samples.items():
         stem = _stem({**asdict(place), "model": name})
         lengths = [len(turn) for turn in samples.wall_ns]
         yield f"{stem}/wall_ns", np.array(samples.flat(), np.int64)
         yield f"{stem}/cpu_ns", np.array(samples.flat("cpu"), np.int64)
+        if samples.device_ns:
+            yield f"{stem}/device_ns", np.array(samples.flat("device"), np.int64)
         yield f"{stem}/round", np.repeat(np.arange(len(lengths)), lengths).astype(np.int32)
 
 

@@ -124,10 +124,11 @@ def flops_against_latency(measurements: Sequence[Mapping[str, Any]]) -> Figure |
         )
     if not traces:
         return None
+    end = 1.1 * max(1.0, *(x for trace in traces for x in trace["x"]))
     layout = {
-        "xaxis": {"title": "FLOPs, times the baseline's", "range": [0, 1.1]},
+        "xaxis": {"title": "FLOPs, times the baseline's", "range": [0, end]},
         "yaxis": {"title": "latency, times the baseline's", "rangemode": "tozero"},
-        "shapes": [_line(x0=0, x1=1.1, y0=0, y1=1.1)],
+        "shapes": [_line(x0=0, x1=end, y0=0, y1=end)],
     }
     return _figure(traces, layout, height=380)
 

@@ -67,11 +67,11 @@ class Worker:
             self._read(self.factory)
             self._made = True
 
-    def call(self, method: str, **arguments: Any) -> Any:
-        """Call a method of the object and return its JSON-able result."""
+    def call(self, method: str, *, within: float | None = None, **arguments: Any) -> Any:
+        """Call a method of the object and return its JSON-able result; `within` replaces `timeout_seconds`."""
         self.ready()
         self._write({"method": method, "arguments": arguments})
-        return self._read(f"{self.factory}.{method}")
+        return self._read(f"{self.factory}.{method}", within)
 
     def close(self) -> None:
         """End the process; closing twice does nothing."""
@@ -106,12 +106,13 @@ class Worker:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
 
-    def _read(self, what: str) -> Any:
+    def _read(self, what: str, within: float | None = None) -> Any:
+        within = within or self.timeout_seconds
         try:
-            line = self._answers.get(timeout=self.timeout_seconds)
+            line = self._answers.get(timeout=within)
         except queue.Empty:
             self._process.kill()
-            raise WorkerError(f"{what} did not end within {self.timeout_seconds:.0f} s.", kind="TimeoutError") from None
+            raise WorkerError(f"{what} did not end within {within:.0f} s.", kind="TimeoutError") from None
         if not line:
             raise self._died(what)
         self._busy = False

@@ -16,9 +16,10 @@ _RAPL = Path("/sys/class/powercap")
 def cpu_energy_uj() -> dict[str, int] | None:
     """Return the energy counter of each processor package in microjoules, or None."""
     found = {}
-    for zone in sorted(_RAPL.glob("intel-rapl:?")):  # packages; their sub-zones have a second number
+    for zone in sorted(_RAPL.glob("intel-rapl:?")):  # their sub-zones have a second number
         try:
-            found[zone.name] = int((zone / "energy_uj").read_text("ascii"))
+            if (zone / "name").read_text("ascii").startswith("package"):  # not psys, which holds the packages
+                found[zone.name] = int((zone / "energy_uj").read_text("ascii"))
         except OSError:
             return None
     return found or None

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-Turn = Callable[[int], tuple[list[int], list[int]]]  # runs -> wall and processor ns of each
+Turn = Callable[[int], Sequence[list[int]]]  # runs -> ns of each by the wall, the processor, and the device if it tells
 
 TURN_SECONDS = 0.03
 MAX_RUNS_A_TURN = 200
@@ -22,10 +22,20 @@ STEADY = 0.05  # the medians of two turns in a row differ by less
 
 @dataclass
 class Samples:
-    """Hold one model's rounds: wall time, and the processor time of its process (all threads), in ns."""
+    """Hold one model's rounds in ns: wall time, the processor time of its process (all threads), and the device's own
+    time, which few runtimes tell.
+    """
 
     wall_ns: list[list[int]] = field(default_factory=list)
     cpu_ns: list[list[int]] = field(default_factory=list)
+    device_ns: list[list[int]] = field(default_factory=list)
+
+    def add(self, wall: list[int], cpu: list[int], device: Sequence[int] = ()) -> None:
+        """Add a round's turn."""
+        self.wall_ns.append(wall)
+        self.cpu_ns.append(cpu)
+        if device:
+            self.device_ns.append(list(device))
 
     def flat(self, clock: str = "wall") -> list[int]:
         """Return the runs of all rounds."""
@@ -58,9 +68,7 @@ def take_turns(
         if index >= min_rounds and time.perf_counter() >= deadline:
             break
         for name in round_order(names, index):
-            wall, cpu = each[name].take(turns[name])
-            samples[name].wall_ns.append(wall)
-            samples[name].cpu_ns.append(cpu)
+            samples[name].add(*each[name].take(turns[name]))
     return samples
 
 
@@ -71,9 +79,8 @@ class Length:
     runs: int
     unrecorded: int
 
-    def take(self, turn: Turn) -> tuple[list[int], list[int]]:
-        wall, cpu = turn(self.unrecorded + self.runs)
-        return wall[self.unrecorded :], cpu[self.unrecorded :]
+    def take(self, turn: Turn) -> list[list[int]]:
+        return [ns[self.unrecorded :] for ns in turn(self.unrecorded + self.runs)]
 
 
 def warm_up(turn: Turn, max_seconds: float) -> Length:

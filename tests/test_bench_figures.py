@@ -51,6 +51,13 @@ def test_flops_are_against_the_baseline_of_the_same_cell() -> None:
     assert list(marks.x) == [0.5, 1.0]
 
 
+def test_a_model_with_more_flops_than_the_baseline_is_within_the_figure() -> None:
+    """The axis once ended at 1.1."""
+    larger = SLICED | {"flops": 2 * DENSE["flops"]}
+    figure = figures.flops_against_latency([DENSE, larger])
+    assert figure.layout.xaxis.range[1] > figure.data[0].x[0] == 2
+
+
 def test_nothing_is_drawn_of_what_was_not_measured() -> None:
     assert figures.ratios([DENSE]) is None
     assert figures.flops_against_latency([DENSE, SLICED | {"flops": None}]) is None

@@ -197,12 +197,15 @@ def test_what_a_gpu_does_not_tell_is_none(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_energy_counters_wrap_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    zone = tmp_path / "intel-rapl:0"
-    zone.mkdir()
-    (zone / "energy_uj").write_text("900")
-    (zone / "max_energy_range_uj").write_text("1000")
+    zone, platform_zone = tmp_path / "intel-rapl:0", tmp_path / "intel-rapl:1"
+    for folder, name in ((zone, "package-0"), (platform_zone, "psys")):  # psys holds the package: it once counted twice
+        folder.mkdir()
+        (folder / "name").write_text(f"{name}\n")
+        (folder / "energy_uj").write_text("900")
+        (folder / "max_energy_range_uj").write_text("1000")
     monkeypatch.setattr(sensors, "_RAPL", tmp_path)
     before = sensors.cpu_energy_uj()
+    assert before == {"intel-rapl:0": 900}
     (zone / "energy_uj").write_text("100")
     assert sensors.energy_between(before, sensors.cpu_energy_uj()) == pytest.approx(200e-6)
     (zone / "energy_uj").unlink()

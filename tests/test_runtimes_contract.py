@@ -170,7 +170,9 @@ def test_gpu_providers_say_what_they_lack(runtime: str, tmp_path: Path) -> None:
         pass
 
 
-def test_cuda_never_falls_back_to_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_never_falls_back_to_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import onnxruntime
 
     bundle = exported_bundle(tmp_path)
@@ -185,8 +187,11 @@ def test_cuda_never_falls_back_to_the_cpu(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
     real = onnxruntime.InferenceSession
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda p, o, providers: real(p, o, providers=available))
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("libcudnn was not found"))
     with pytest.raises(SystemStateError, match=f"would compute with {available[0]}"), OrtRunner(path, "cuda"):
         pass
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "libcudnn was not found\n")
 
 
 def test_ort_needs_no_torch(tmp_path: Path) -> None:

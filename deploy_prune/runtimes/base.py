@@ -38,6 +38,7 @@ class Runner(ABC):
     output_names: tuple[str, ...] = ()
     provider: str = ""  # what really computes, as the runtime calls it
     device_ns: int | None = None  # of the last run, on the device alone, where the runtime can tell
+    compiles_in_first_run: bool = False
     cuda_graphs: bool = False  # whether a run replays a captured CUDA graph
     _open = False
 

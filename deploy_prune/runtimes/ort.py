@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +66,9 @@ class OrtRunner(Runner):
             raise InputError(f"No ONNX file at {self.path}.", hint="Export it first: deploy-prune export BUNDLE")
         if self.provider not in ort.get_available_providers():
             raise MissingExtraError("onnxruntime-gpu", "gpu")
+        if self.provider != _PROVIDERS["cpu"]:
+            with contextlib.redirect_stdout(sys.stderr):  # where it prints what it does not find
+                ort.preload_dlls()  # CUDA and cuDNN of the packages beside it, which the loader does not look into
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors only
         if self.threads is not None:
@@ -89,7 +94,10 @@ class OrtRunner(Runner):
         self.output_names = tuple(o.name for o in self.session.get_outputs())
 
     def _providers(self) -> list[Any]:
-        """Return the provider with its options; what TensorRT leaves over goes to CUDA, never to the CPU."""
+        """Return the provider with its options; what TensorRT leaves over goes to CUDA first.
+
+        ONNX Runtime itself adds its CPU provider behind them, for operators that the others lack.
+        """
         if self.provider != _PROVIDERS["tensorrt"]:
             return [self.provider]
         settings: dict[str, Any] = {}

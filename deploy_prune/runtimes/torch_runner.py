@@ -38,6 +38,7 @@ class TorchRunner(Runner):
     ) -> None:
         self.model: Any = model
         self.compiled, self.cuda_graphs = compiled, cuda_graphs
+        self.compiles_in_first_run = compiled
         self.head = head
         self.threads = threads
         signature = signature_of(getattr(self.model, "config", None), inputs)
