@@ -175,11 +175,11 @@ def bench(
             write_atomically(out, json.dumps(result, indent=2) + "\n")
     if as_json:
         screen.print_json(result)
-        return
-    _print_failures(result["failures"])
+    else:
+        _print_failures(result["failures"])
+        screen.print_bench(result)
     if not result["measurements"]:
-        raise VerdictError("Nothing could be measured.", hint="The lines above say why.")
-    screen.print_bench(result)
+        raise VerdictError("Nothing could be measured.", hint="The failures above say why.")
 
 
 @app.command()
@@ -320,6 +320,7 @@ def main() -> None:
 def invoke(arguments: list[str]) -> int:
     """Run the command line on arguments and return the exit code."""
     as_json = "--json" in arguments
+    screen.documents = 0
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         typer.main.get_command(app)(args=arguments, prog_name="deploy-prune")

@@ -22,6 +22,7 @@ from .progress import Progress as ShareDone
 
 out = Console()
 err = Console(stderr=True)
+documents = 0  # of JSON that this command has printed
 
 
 class Bars:
@@ -70,12 +71,17 @@ def print_artifact(artifact: Artifact, *, quality: bool = True) -> None:
 
 def print_json(value: Any) -> None:
     """Print one JSON document to standard output."""
+    global documents
+    documents += 1
     print(json.dumps(value, indent=2, default=str))
 
 
 def print_error(error: DeployPruneError, as_json: bool, who: str = "") -> None:
-    """Print what is wrong and how to mend it; `who` names one of several processes."""
-    if as_json:
+    """Print what is wrong and how to mend it; `who` names one of several processes.
+
+    As JSON too, unless a result was: of one command, standard output holds one document.
+    """
+    if as_json and not documents:
         print_json({"error": type(error).__name__, "message": error.message, "hint": error.hint})
     lines = [f"[bold red]Error{who}:[/] {escape(error.message)}"]
     if error.hint:

@@ -109,6 +109,7 @@ def judge(
     failed. Raises InputError without a base where a ratio is limited, SystemStateError when the base cannot be run.
     """
     plan, begun = plan or Plan(), time.monotonic()
+    machine = describe_machine(place.threads)  # before the gate's own load
     if base is None and settings.max_memory is not None:
         raise InputError("--max-memory compares with a base.", hint="Give --base.")
     measure = measure or (lambda seconds: measure_session(new, base, place, seconds))
@@ -119,14 +120,14 @@ def judge(
         limits["latency"] = settings.max_latency_ms
     sessions: list[Session] = []
     clock: Clock | None = None
-    found: dict[str, Estimate] = {}
+    found: dict[str, tuple[Estimate, int]] = {}  # with the number of sessions behind it
 
     def verdict(checks: list[Check]) -> Verdict:
         return Verdict(
             checks=checks,
             sessions=sessions,
             clock=clock,
-            machine=describe_machine(place.threads),
+            machine=machine,
             place=asdict(place),
             seconds=time.monotonic() - begun,
             created=datetime.now(UTC).isoformat(),
@@ -146,13 +147,13 @@ def judge(
         if base is not None and clock is None:
             clock = choose_clock(sessions, settings.clock)
         for name, limit in limits.items():
-            if name not in found or found[name].decide(limit) is None:
-                found[name] = estimate(log_ratios(name, sessions, clock), limit, plan)
-        if len(sessions) < look or all(found[name].decide(limit) for name, limit in limits.items()):
+            if name not in found or found[name][0].decide(limit) is None:
+                found[name] = estimate(log_ratios(name, sessions, clock), limit, plan), len(sessions)
+        if len(sessions) < look or all(found[name][0].decide(limit) for name, limit in limits.items()):
             break
+    clocks: dict[str, Clock | None] = {"slowdown": clock, "latency": "wall"}
     checks = [
-        time_check(name, found[name], limit, clock, len(sessions), settings.resolution)
-        for name, limit in limits.items()
+        time_check(name, *found[name], limit, clocks[name], settings.resolution) for name, limit in limits.items()
     ]
     if "slowdown" in limits and (doubt := doubts(sessions, clock, limits["slowdown"], plan)):
         checks[0] = replace(checks[0], outcome="too noisy", text=f"{doubt} {checks[0].text}")
@@ -232,7 +233,7 @@ def log_ratios(name: str, sessions: Sequence[Session], clock: Clock | None) -> l
 
 
 def time_check(
-    name: str, found: Estimate, limit: float, clock: Clock | None, sessions: int, resolution: float
+    name: str, found: Estimate, sessions: int, limit: float, clock: Clock | None, resolution: float
 ) -> Check:
     """Say whether the new model is slower than allowed; undecided passes only where the gate could have seen it."""
     unit, needed = ("times" if name == "slowdown" else "ms"), limit * (1 + resolution)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +82,26 @@ def append_history(verdict: Verdict, name: str, path: Path) -> None:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Return a history's entries. Raises InputError for a line that is no JSON."""
+    """Return a history's entries. Raises InputError for a line that `append_history` did not write."""
     entries = []
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         try:
             entries.append(parse_json(line))
-        except ValueError as error:
+            _trend_of(entries[-1])
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{path}, line {number}, is no JSON: {error}.", hint="Mend or remove that line."
+                f"{path}, line {number}, is no line of a gate's history: {error!r}.", hint="Mend or remove that line."
             ) from error
     return entries
+
+
+def _trend_of(entry: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """Return the name and the check that a trend shows of an entry, or None where time was not compared."""
+    name, checks = str(entry["name"]), dict(entry["checks"])
+    if "slowdown" not in checks:
+        return None
+    check = dict(checks["slowdown"])
+    return name, {key: float(check[key]) for key in ("found", "low", "high", "limit")} | {"outcome": check["outcome"]}
 
 
 def draw_trend(path: Path, figure: Path) -> None:
@@ -104,8 +114,8 @@ def draw_trend(path: Path, figure: Path) -> None:
     axes = canvas.subplots()
     runs: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for number, entry in enumerate(read_history(path)):
-        if "slowdown" in entry["checks"]:
-            runs.setdefault(entry["name"], []).append((number, entry["checks"]["slowdown"]))
+        if (shown := _trend_of(entry)) is not None:
+            runs.setdefault(shown[0], []).append((number, shown[1]))
     for name, checks in runs.items():
         found = [c["found"] for _, c in checks]
         below = [c["found"] - c["low"] for _, c in checks]
@@ -119,6 +129,8 @@ def draw_trend(path: Path, figure: Path) -> None:
     axes.set_ylabel("ratio to the base (dashed: allowed)")
     if runs:
         axes.legend()
+    else:
+        axes.set_title("no run of this history was compared with a base")
     with disk_errors(figure):
         figure.parent.mkdir(parents=True, exist_ok=True)
         canvas.savefig(figure)

@@ -216,9 +216,14 @@ def test_what_ci_reads(tmp_path: Path) -> None:
     assert entries[0]["checks"]["slowdown"]["low"] < entries[0]["checks"]["slowdown"]["found"]
     draw_trend(tmp_path / "history.jsonl", tmp_path / "trend.svg")
     assert "</svg>" in (tmp_path / "trend.svg").read_text()
-    (tmp_path / "history.jsonl").write_text("{}\nnonsense\n")
-    with pytest.raises(InputError, match="line 2"):
-        read_history(tmp_path / "history.jsonl")
+    append_history(judged(sessions(1.0, 0.003), base=None, max_latency_ms=50.0), "model", tmp_path / "latency.jsonl")
+    draw_trend(tmp_path / "latency.jsonl", tmp_path / "none.svg")
+    assert "no run of this history was compared" in (tmp_path / "none.svg").read_text()
+    good = (tmp_path / "history.jsonl").read_text().splitlines()[0]
+    for bad in ("nonsense", "{}", '{"name": "m", "checks": {"slowdown": {"found": 1}}}', '"text"'):
+        (tmp_path / "history.jsonl").write_text(f"{good}\n{bad}\n")
+        with pytest.raises(InputError, match="line 2"):
+            read_history(tmp_path / "history.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +235,24 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     }
     bundle.commit()
     return bundle
+
+
+def test_a_check_says_the_sessions_and_the_clock_that_decided_it() -> None:
+    """The first to be decided was once told with the number of sessions that the other one took."""
+    measure = sessions(1.0, 0.01)
+
+    def session(seconds: float) -> Session:
+        made = measure(seconds)
+        return replace(
+            made,
+            new={"wall": 0.7 + made.new["wall"], "cpu": 0.7 + made.new["cpu"] / 9},
+            control={"wall": made.control["wall"], "cpu": made.control["cpu"] / 9},
+        )
+
+    slowdown, latency = judged(session, max_latency_ms=10.0).checks
+    assert (slowdown.outcome, slowdown.details["sessions"], slowdown.details["clock"]) == ("failed", 4, "cpu")
+    assert "4 sessions" in slowdown.text
+    assert (latency.details["sessions"], latency.details["clock"]) == (24, "wall")
 
 
 def test_a_base_that_differs_from_itself_gives_no_verdict() -> None:
@@ -246,7 +269,9 @@ def test_a_base_that_differs_from_itself_gives_no_verdict() -> None:
     assert judged(biased, max_slowdown=1.2).outcome == "failed"  # by less than is allowed: no matter
 
 
-def test_a_new_model_that_cannot_be_run_fails_and_the_base_does_not(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_new_model_that_cannot_be_run_fails_and_the_base_does_not(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It once was exit 4, as a noisy machine is, and no report was written."""
     good = bundle.path(next(a.path for a in bundle.manifest.artifacts if a.variant == "sliced"))
     bad = tmp_path / "bad.onnx"
@@ -255,7 +280,8 @@ def test_a_new_model_that_cannot_be_run_fails_and_the_base_does_not(bundle: Bund
     onnx.save(proto, bad)
     junit = tmp_path / "g.xml"
     flags = ["--seq", "12", "--max-seconds", "20", "--junit", str(junit)]
-    assert invoke(["gate", str(bad), "--base", str(good), *flags]) == 1
+    assert invoke(["gate", str(bad), "--base", str(good), *flags, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["outcome"] == "failed"
     assert "cannot be run" in junit.read_text()
     junit.unlink()
     assert invoke(["gate", str(good), "--base", str(bad), *flags]) == 4

@@ -32,7 +32,7 @@ from scipy.stats import binomtest
 
 from deploy_prune.config import GateSettings
 from deploy_prune.runtime_bench.bench import Place
-from deploy_prune.runtime_bench.gate import Session, choose_clock, judge, measure_session
+from deploy_prune.runtime_bench.gate import Session, choose_clock, doubts, judge, measure_session
 from deploy_prune.runtime_bench.machine import describe_machine
 from deploy_prune.runtime_bench.sequential import Plan, run_plan
 from deploy_prune.runtime_bench.slowdown import slow_down
@@ -195,8 +195,10 @@ def replay(path: Path, count: int = 5000, seed: int = 0) -> None:
             clock = choose_clock([_long(e) for e in drawn[: PLAN.looks[0]]], "auto")
             logs = [e["new"][clock] + float(np.log(ratio)) for e in drawn]
             decision, sessions, found = run_plan(logs, SETTINGS.max_slowdown, PLAN)
-            failed += decision == "slower"
-            noisy += decision is None and found.visible > SETTINGS.max_slowdown * (1 + SETTINGS.resolution)
+            unsure = decision is None and found.visible > SETTINGS.max_slowdown * (1 + SETTINGS.resolution)
+            unsure |= bool(doubts([_long(e) for e in drawn[:sessions]], clock, SETTINGS.max_slowdown, PLAN))
+            failed += decision == "slower" and not unsure
+            noisy += unsure
             used.append(sessions * seconds)
         print(f"| {ratio:g} | {_rate(failed, count)} | {_rate(noisy, count)} | {np.median(used):.0f} |")
 
