@@ -48,13 +48,19 @@ case $what in
     log "make"
     [ -d shapes/bert-base-gpu ] || python3 "$recipes/shapes.py" make "$2" shapes/bert-base-gpu --formats onnx --precisions fp32
     log "measure"
-    python3 "$recipes/shapes.py" measure shapes/bert-base-gpu "$3/bert-base-gpu.jsonl" \
-      --runtimes torch-cuda --batches 1,8,32 --seqs 128 --precisions fp32,fp16 --seconds 3
-    python3 "$recipes/shapes.py" measure shapes/bert-base-gpu "$3/bert-base-gpu.jsonl" \
-      --runtimes torch-cuda --batches 32 --seqs 384 --precisions fp32,fp16 --seconds 3
-    # Every model is compiled anew in its own process: one cell, of the models that answer the question.
-    python3 "$recipes/shapes.py" measure shapes/bert-base-gpu "$3/bert-base-gpu.jsonl" \
-      --runtimes torch-graphs-cuda --batches 1 --seqs 128 --precisions fp32,fp16 --seconds 3 --models dense,0.5
+    measure=("$recipes/shapes.py" measure shapes/bert-base-gpu "$3/bert-base-gpu.jsonl" --seconds 3)
+    runtimes=torch-cuda
+    for pair in CUDA:ort-cuda Tensorrt:ort-tensorrt; do # those whose wheels and libraries are there
+      python3 -c "import onnxruntime as o; o.preload_dlls(); assert '${pair%%:*}ExecutionProvider' in o.get_available_providers()" \
+        2> /dev/null && runtimes+=,${pair##*:} || log "without ${pair##*:}"
+    done
+    python3 "${measure[@]}" --runtimes "$runtimes" --batches 1,8,32 --seqs 128 --precisions fp32,fp16
+    python3 "${measure[@]}" --runtimes "$runtimes" --batches 32 --seqs 384 --precisions fp32,fp16
+    # Every model is compiled anew in its own process: few cells, of the models that answer the question.
+    for runtime in torch-compile-cuda torch-graphs-cuda; do
+      python3 "${measure[@]}" --runtimes $runtime --batches 1,32 --seqs 128 --precisions fp32,fp16 --models dense,0.5
+    done
+    python3 "$recipes/shapes.py" keep "$3/bert-base-gpu.jsonl" "$3/bert-base-gpu.json"
     ;;
   gate)
     out=$2

@@ -161,18 +161,22 @@ def measure(
 def keep(path: Path, out: Path) -> None:
     """Write what `measure` found as one JSON document without the details, for docs/results."""
     results = sorted((json.loads(line) for line in path.read_text().splitlines()), key=_place)
-    kept = ("latency_ms", "ratio", "difference", "flops", "peak_rss_bytes", "resident_bytes", "file_bytes", "rounds")
-    cells = [
-        {
-            **dict(zip(("runtime", "batch", "seq", "threads"), _place(result), strict=True)),
-            "noise_floor": result["noise"][0]["floor"],
-            "models": {m["model"]: {key: m[key] for key in kept} for m in result["measurements"]},
-            "failures": {f["model"]: f["reason"] for f in result["failures"]},
-        }
-        for result in results
-    ]
-    document = {"shape": path.stem, "machine": results[0]["machine"], "cells": cells}
+    document = {"shape": path.stem, "machine": results[0]["machine"], "cells": [_cell(result) for result in results]}
     write_atomically(out, json.dumps(document, indent=1) + "\n")
+
+
+def _cell(result: dict[str, Any]) -> dict[str, Any]:
+    gpus = result["noise"][0].get("gpus")  # read right after the turns: their clocks at work
+    kept = ("latency_ms", "ratio", "difference", "flops", "peak_rss_bytes", "resident_bytes", "file_bytes", "rounds")
+    if gpus:
+        kept += ("provider", "device_ms", "device_ratio", "device_bytes", "gpu_joules_per_run", "cuda_graphs")
+    return {
+        **dict(zip(("runtime", "batch", "seq", "threads"), _place(result), strict=True)),
+        "noise_floor": result["noise"][0]["floor"],
+        **({"gpus": gpus} if gpus else {}),
+        "models": {m["model"]: {key: m[key] for key in kept} for m in result["measurements"]},
+        "failures": {f["model"]: f["reason"] for f in result["failures"]},
+    }
 
 
 @app.command()
