@@ -6,8 +6,7 @@ python recipes/experiments/encoders.py dinov2-small --out encoders/dinov2-small
 python $V train cifar10.npz models/dinov2-cifar --task cifar10 --encoder encoders/dinov2-small --image 112 --lr 2e-4
 deploy-prune experiment vit --model models/vit-s-fashion --task fashion_mnist --data fashion_mnist.npz
 
-Images are shifted by up to an eighth and, with --flip, mirrored, anew in every epoch. bf16 on a GPU. The last line
-printed is the accuracy on the evaluation split.
+Images are shifted by up to an eighth and, with --flip, mirrored, anew in every epoch. The last line printed is the accuracy on the evaluation split.
 """
 
 from __future__ import annotations
@@ -50,6 +49,7 @@ def train(
     lr: float = 1e-3,
     weight_decay: float = 0.05,
     flip: bool = True,
+    bf16: Annotated[bool | None, typer.Option(help="Mixed precision; without the flag on a GPU only.")] = None,
     seed: int = 0,
 ) -> None:
     """Train on the training split of an image task and save a stock transformers folder."""
@@ -75,7 +75,7 @@ def train(
             warmup_steps=epochs * len(labels) // batch // 10,
             weight_decay=weight_decay,
             label_smoothing_factor=0.1,
-            bf16=gpu,
+            bf16=gpu if bf16 is None else bf16,
             use_cpu=not gpu,
             seed=seed,
             remove_unused_columns=False,
