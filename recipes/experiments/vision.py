@@ -6,7 +6,8 @@ python recipes/experiments/encoders.py dinov2-small --out encoders/dinov2-small
 python $V train cifar10.npz models/dinov2-cifar --task cifar10 --encoder encoders/dinov2-small --image 112 --lr 2e-4
 deploy-prune experiment vit --model models/vit-s-fashion --task fashion_mnist --data fashion_mnist.npz
 
-Images are shifted by up to an eighth and, with --flip, mirrored, anew in every epoch. The last line printed is the accuracy on the evaluation split.
+Images are shifted by up to an eighth and, with --flip, mirrored, anew in every epoch. The last line
+printed is the accuracy on the evaluation split.
 """
 
 from __future__ import annotations
