@@ -13,8 +13,9 @@ import typer
 from rich.markup import escape
 
 from . import __version__, cli_export, cli_gate, cli_lab, cli_serve, cli_sign, cli_sweep, cli_tune, screen
-from .bundle import Bundle, disk_errors, locked, make_room, write_atomically
+from .bundle import Bundle
 from .config import ALLOW_CODE, ALLOW_PICKLE, ENGINES, PROGRAMS, BenchSettings, Recipe, allowed_code
+from .disk import disk_errors, locked, make_room, write_atomically
 from .errors import DeployPruneError, DismissedError, MissingExtraError, SystemStateError, VerdictError
 from .flags import BundleArg, Json, recipe_command, settings_command
 from .signature import Signature

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..bundle import disk_errors
+from ..disk import disk_errors
 from ..documents import parse_json
 from ..errors import InputError, MissingExtraError
 from .bench import place_title

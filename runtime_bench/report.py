@@ -9,7 +9,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..bundle import VARIANTS, Bundle, disk_errors, sha256_file, write_atomically
+from ..bundle import VARIANTS, Bundle
+from ..disk import disk_errors, sha256_file, write_atomically
 from ..lengths import kept_line, lengths_line
 from ..signature import Signature
 from . import figures
