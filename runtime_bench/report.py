@@ -112,9 +112,8 @@ def render_report(bundle: Bundle) -> str:
     }
     drawn |= {f"cell-{i}": figures.time_shares(cell["runs"]) for i, cell in enumerate(cells) if cell["runs"]}
     drawn = {name: figure for name, figure in drawn.items() if figure is not None}
-    return environment.get_template(
-        "report.html.j2"
-    ).render(
+    template = environment.get_template("report.html.j2")
+    return template.render(
         artifact_bytes=bundle.artifact_bytes,
         manifest=bundle.manifest,
         headline=headline(bundle, rows),
