@@ -157,8 +157,9 @@ def bench(
 
       deploy-prune bench a.onnx b.onnx --seq 128
     """
-    from .runtime_bench.bench import bench_bundle, bench_paths, keep_samples
+    from .runtime_bench.bench import bench_bundle, bench_paths
     from .runtime_bench.report import store_report
+    from .runtime_bench.results import keep_samples
 
     make_room(out)
     with screen.Bars() as bars, bars.stage("bench") as progress:

@@ -10,8 +10,8 @@ from typing import Any
 from ..disk import disk_errors
 from ..documents import parse_json
 from ..errors import InputError, MissingExtraError
-from .bench import place_title
 from .gate import Verdict
+from .results import place_title
 
 MARKS = {"passed": "passed", "failed": "**failed**", "too noisy": "**too noisy to tell**"}
 

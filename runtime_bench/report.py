@@ -14,7 +14,7 @@ from ..disk import disk_errors, sha256_file, write_atomically
 from ..lengths import kept_line, lengths_line
 from ..signature import Signature
 from . import figures
-from .bench import BASELINE, latest_bench, place_title, sensed_line, stored_runs
+from .results import BASELINE, latest_bench, place_title, sensed_line, stored_runs
 
 REPORT = "report.html"
 TEXTS = Signature(("input_ids",))  # what a model takes that says nothing of it

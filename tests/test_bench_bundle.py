@@ -17,8 +17,9 @@ from deploy_prune.cli import invoke
 from deploy_prune.config import BenchSettings, load_settings
 from deploy_prune.errors import InputError
 from deploy_prune.export import Options, export_bundle
-from deploy_prune.runtime_bench.bench import bench_bundle, bench_paths, latest_bench, stored_runs
+from deploy_prune.runtime_bench.bench import bench_bundle, bench_paths
 from deploy_prune.runtime_bench.report import summary_rows
+from deploy_prune.runtime_bench.results import latest_bench, stored_runs
 from deploy_prune.runtime_bench.subjects import bundle_feeds, distinct_names, file_feeds, file_subject
 from deploy_prune.runtimes import open_onnx, open_runner
 
