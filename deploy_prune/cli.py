@@ -159,19 +159,21 @@ def bench(
     """
     from .runtime_bench.bench import bench_bundle, bench_paths
     from .runtime_bench.report import store_report
-    from .runtime_bench.results import keep_samples
+    from .runtime_bench.results import keep_samples, samples_beside
 
     make_room(out)
+    alone = len(paths) == 1 and paths[0].suffix != ".onnx"  # a bundle, which holds its samples itself
+    beside = None if out is None or alone else samples_beside(out)
     with screen.Bars() as bars, bars.stage("bench") as progress:
-        if len(paths) == 1 and paths[0].suffix != ".onnx":
+        if alone:
             with locked(paths[0]):
                 opened = Bundle.open(paths[0])
                 result = bench_bundle(opened, settings, progress)
                 store_report(opened)
         else:
             result, samples = bench_paths(paths, settings, progress)
-            if out is not None:
-                result["samples"] = keep_samples(samples, out.with_suffix(".npz"))
+            if beside is not None:
+                result["samples"] = keep_samples(samples, beside)
     if out is not None:
         with disk_errors(out):
             write_atomically(out, json.dumps(result, indent=2) + "\n")

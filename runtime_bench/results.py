@@ -14,6 +14,7 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..disk import disk_errors
+from ..errors import InputError
 from ..npz import read_npz
 from .timing import Samples
 
@@ -34,6 +35,17 @@ def raw_runs(samples: Mapping[str, Samples], where: Mapping[str, Any]) -> Iterat
 def _stem(entry: Mapping[str, Any]) -> str:
     """Name the samples of a model in a cell."""
     return "{runtime}/{batch}x{seq}/t{threads}/{model}".format_map(entry)
+
+
+def samples_beside(out: Path) -> Path:
+    """Return the file for every run beside a result's own. Raises InputError where they would be one file."""
+    samples = out.with_suffix(".npz")
+    if samples == out:
+        raise InputError(
+            f"The result cannot be written to {out}: its samples go there.",
+            hint=f"Name it {out.with_suffix('.json').name}; the samples then lie beside it, in {out.name}.",
+        )
+    return samples
 
 
 def keep_samples(samples: Mapping[str, np.ndarray], path: Path) -> str:

@@ -273,6 +273,17 @@ def test_a_place_that_cannot_be_written_is_told_before_measuring(
         assert words in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_result_named_as_its_samples_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was once measured, and then overwrote them."""
+    path, out = picture_file(tmp_path / "a.onnx", "n"), tmp_path / "r.npz"
+    monkeypatch.setattr("deploy_prune.runtime_bench.bench.bench", lambda *_: pytest.fail("it measured"))
+    assert invoke(["bench", str(path), "--out", str(out)]) == 2
+    assert "Name it r.json" in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("location", ["model.onnx_data", "weights/all.bin"])
 def test_weights_beside_a_file_count_in_its_size(location: str, tmp_path: Path) -> None:
     """Whatever they are called: optimum writes model.onnx_data."""
