@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy_prune import parallel, prune
-from deploy_prune.bundle import write_atomically
 from deploy_prune.costs import Budget
+from deploy_prune.disk import write_atomically
 from deploy_prune.runtime_bench.machine import describe_machine
 
 WAYS = {"1 x 1": (1, 1), "2 x 1": (2, 1), "1 x 2": (1, 2)}  # processes, threads of each

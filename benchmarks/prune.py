@@ -31,10 +31,10 @@ from rich.table import Table
 
 from deploy_prune.archs import check_config
 from deploy_prune.batches import Batches
-from deploy_prune.bundle import write_atomically
 from deploy_prune.calibration import sample_indices
 from deploy_prune.checkpoint import load_dense
 from deploy_prune.costs import Budget
+from deploy_prune.disk import write_atomically
 from deploy_prune.heads import Head
 from deploy_prune.pruner import Pruner
 from deploy_prune.runtime_bench.machine import default_threads, describe_machine

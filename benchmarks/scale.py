@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy_prune.archs import check_config
-from deploy_prune.bundle import write_atomically
 from deploy_prune.costs import Budget, encoder_flops
+from deploy_prune.disk import write_atomically
 from deploy_prune.heads import Head
 from deploy_prune.predict import predict
 from deploy_prune.pruner import Pruner

@@ -1,23 +1,16 @@
 """Read and write bundles: a folder whose manifest.json names every file with its hash. No torch here.
 
-A new bundle is built in a staging folder beside its destination and swapped in as a whole
-(`publish`). Later stages add files under names that carry their content hash and then replace
-manifest.json alone (`Bundle.commit`): the manifest is the commit point, a file it does not name does
-not exist.
+A new bundle comes into its place as a whole (`publishing`). Later stages add files under names that carry their content
+hash and then replace manifest.json alone (`Bundle.commit`): the manifest is the commit point, a file it does not name
+does not exist.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import hashlib
 import math
-import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,8 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from .disk import disk_errors, fsync, sha256_file, write_atomically
+from .disk import locked as locked  # deploy_prune.sweep takes it from here
 from .documents import one_line, parse_json, read_json, read_text
-from .errors import BundleError, DeployPruneError, InputError, SystemStateError
+from .errors import BundleError
 from .signing import SIGNATURE, check_signature
 
 if TYPE_CHECKING:
@@ -241,7 +236,7 @@ class Bundle:
         target = self.path(relative)
         with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            _fsync(source)
+            fsync(source)
             shutil.move(source, target)
         self.manifest.files[relative] = digest
         return relative
@@ -249,7 +244,7 @@ class Bundle:
     def register(self, relative: str) -> None:
         """Name a file already in place (staging only) in the manifest."""
         path = self.path(relative)
-        _fsync(path)
+        fsync(path)
         self.manifest.files[relative] = sha256_file(path)
 
     def artifact_bytes(self, artifact: Artifact) -> int:
@@ -305,196 +300,3 @@ class Bundle:
             for path in (self.root / folder).glob("*"):
                 if path.is_file() and str(path.resolve()) not in named:
                     path.unlink(missing_ok=True)
-
-
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def make_room(*paths: Path | None) -> None:
-    """Make the folders of files that are to be written, before the work whose results they take.
-
-    Raises InputError for a path that is a folder, or lies in a file.
-    """
-    for path in (p for p in paths if p is not None):
-        try:
-            with disk_errors(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise InputError(f"{path} cannot be written: {error.filename} is a file.", hint="Name another.") from error
-        if path.is_dir():
-            raise InputError(f"{path} is a folder.", hint="Name a file in it.")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that readers see the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path):
-        try:
-            with open(temporary, "w", encoding="utf-8") as f:
-                f.write(text)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _fsync(path.parent)
-
-
-@contextmanager
-def staging(destination: str | Path, aside: Path | None = None) -> Iterator[Bundle]:
-    """Build a new bundle in a hidden folder beside `destination`; removed if the block raises.
-
-    The caller fills it and calls `publish`. Holds a lock, so that two runs cannot write one bundle. What was committed
-    before a kill, Ctrl-C or a crash is moved to the folder `aside`, where its artifacts can be taken over from.
-    """
-    destination = Path(os.path.abspath(destination))
-    if destination.exists() and not (destination / "manifest.json").is_file():
-        if not destination.is_dir():
-            raise InputError(
-                f"{destination} exists and is not a folder.", hint="Get the permission, or write elsewhere."
-            )
-        if any(destination.iterdir()):
-            raise InputError(
-                f"{destination} is not empty and is not a bundle.",
-                hint="Choose another --out, or empty the folder: nothing in it was touched.",
-            )
-    with disk_errors(destination):
-        try:
-            destination.parent.mkdir(parents=True, exist_ok=True)
-        except (FileNotFoundError, NotADirectoryError, FileExistsError) as error:
-            raise InputError(f"Cannot make the folder {destination.parent}: {error.strerror}.") from error
-    with locked(destination):
-        root = destination.parent / f".{destination.name}.staging"
-        with disk_errors(root):
-            _finish_exchange(destination)
-            _set_aside(root, aside)
-            shutil.rmtree(root, ignore_errors=True)
-            root.mkdir()
-        try:
-            with disk_errors(destination):
-                yield Bundle(root, Manifest())
-        except DeployPruneError:
-            raise
-        except BaseException:
-            _set_aside(root, aside)
-            raise
-        finally:
-            shutil.rmtree(root, ignore_errors=True)
-
-
-def _set_aside(root: Path, aside: Path | None) -> None:
-    """Move a half-built bundle in place of an older one, unless it has no artifacts yet."""
-    if aside is None:
-        return
-    with suppress(BundleError):
-        if Bundle.open(root, verify=False).manifest.artifacts:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(root, aside)
-
-
-@contextmanager
-def locked(destination: str | Path) -> Iterator[None]:
-    """Hold the lock of a bundle folder; raises SystemStateError when another run holds it."""
-    from filelock import FileLock, Timeout  # readers need no lock, and start faster without it
-
-    destination = Path(os.path.abspath(destination))
-    lock = FileLock(destination.parent / f".{destination.name}.lock")
-    with disk_errors(destination):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise SystemStateError(
-                f"Another run is writing {destination}.", hint="Wait for it, or choose another --out."
-            ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def publish(bundle: Bundle, destination: str | Path) -> Bundle:
-    """Swap a finished staging bundle into place as a whole and return it opened there."""
-    destination = Path(os.path.abspath(destination))
-    bundle.commit()
-    with disk_errors(destination):
-        for path in bundle.root.rglob("*"):
-            _fsync(path)
-        if destination.exists():
-            _exchange(bundle.root, destination)
-        else:
-            os.rename(bundle.root, destination)
-        _fsync(destination.parent)
-    return Bundle.open(destination)
-
-
-def _exchange(a: Path, b: Path) -> None:
-    """Exchange two folders atomically (Linux renameat2); elsewhere by two renames."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        at_fdcwd, exchange = -100, 2
-        if libc.renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), exchange) == 0:
-            return
-        if ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(b))
-    old = _moved_away(b)
-    os.rename(b, old)
-    try:
-        os.rename(a, b)
-    except OSError:
-        os.rename(old, b)
-        raise
-    os.rename(old, a)
-
-
-def _finish_exchange(b: Path) -> None:
-    """Put back, or remove, the old folder that a kill between the renames of `_exchange` has left."""
-    old = _moved_away(b)
-    if (b / "manifest.json").is_file():
-        shutil.rmtree(old, ignore_errors=True)
-    elif old.is_dir():
-        os.rename(old, b)
-
-
-def _moved_away(b: Path) -> Path:
-    return b.with_name(f".{b.name}.old")
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
-    """Turn a full disk or a read-only folder into an error that says so."""
-    try:
-        yield
-    except DeployPruneError:
-        raise
-    except Exception as error:
-        number = _errno(error)
-        if number in (errno.ENOSPC, errno.EDQUOT):
-            raise SystemStateError(
-                f"The disk is full: could not write {where}.", hint="Free some space, then run it again."
-            ) from error
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise SystemStateError(
-                f"No permission to write {where}: {os.strerror(number)}.",
-                hint="Get the permission, or write elsewhere.",
-            ) from error
-        raise
-
-
-def _errno(error: Exception) -> int | None:
-    """Return the system's number of an error; safetensors and tokenizers, in Rust, have it in their text alone."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None

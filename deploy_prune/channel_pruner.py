@@ -145,10 +145,8 @@ class ChannelPruner(Pruner):
             swept = SweepResult(updates, {}, [])
         else:
             solver = get_solver(options.compensate.removesuffix(ONLY_CUT))
-            larger = [Limit.share(x.table, solver.teacher_keep(x.keep)) for x in limits]
-            teacher = self.model
-            if any(x.keep < 1.0 for x in larger):  # mask tuning follows a model that is pruned less
-                masks = self.searched(scores, larger, options).masks
+            teacher, masks = self.model, self.larger_masks(scores, limits, options, solver)
+            if masks is not None:
                 teacher = ignoring(self.model, self.graph, SlicePlan.from_masks(self.groups, masks))
             feeds = list(self.batches.shared())
             swept = sweep_channels(

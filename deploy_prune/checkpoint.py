@@ -16,8 +16,9 @@ from torch import nn
 from . import modeling_sliced
 from .archs import check_prunable, config_of, of_transformers
 from .bounds import LARGEST_CUT, bounded_weights, check_counts
-from .bundle import Bundle, Variant, disk_errors, sha256_file
+from .bundle import Bundle, Variant
 from .config import pickle_allowed
+from .disk import disk_errors, sha256_file
 from .documents import one_line, read_json
 from .errors import BundleError, InputError, SystemStateError, UnsupportedModelError
 from .heads import Head

@@ -13,8 +13,9 @@ import typer
 from rich.markup import escape
 
 from . import __version__, cli_export, cli_gate, cli_lab, cli_serve, cli_sign, cli_sweep, cli_tune, screen
-from .bundle import Bundle, disk_errors, locked, make_room, write_atomically
+from .bundle import Bundle
 from .config import ALLOW_CODE, ALLOW_PICKLE, ENGINES, PROGRAMS, BenchSettings, Recipe, allowed_code
+from .disk import disk_errors, locked, make_room, write_atomically
 from .errors import DeployPruneError, DismissedError, MissingExtraError, SystemStateError, VerdictError
 from .flags import BundleArg, Json, recipe_command, settings_command
 from .signature import Signature
@@ -156,20 +157,23 @@ def bench(
 
       deploy-prune bench a.onnx b.onnx --seq 128
     """
-    from .runtime_bench.bench import bench_bundle, bench_paths, keep_samples
+    from .runtime_bench.bench import bench_bundle, bench_paths
     from .runtime_bench.report import store_report
+    from .runtime_bench.results import keep_samples, samples_beside
 
     make_room(out)
+    alone = len(paths) == 1 and paths[0].suffix != ".onnx"  # a bundle, which holds its samples itself
+    beside = None if out is None or alone else samples_beside(out)
     with screen.Bars() as bars, bars.stage("bench") as progress:
-        if len(paths) == 1 and paths[0].suffix != ".onnx":
+        if alone:
             with locked(paths[0]):
                 opened = Bundle.open(paths[0])
                 result = bench_bundle(opened, settings, progress)
                 store_report(opened)
         else:
             result, samples = bench_paths(paths, settings, progress)
-            if out is not None:
-                result["samples"] = keep_samples(samples, out.with_suffix(".npz"))
+            if beside is not None:
+                result["samples"] = keep_samples(samples, beside)
     if out is not None:
         with disk_errors(out):
             write_atomically(out, json.dumps(result, indent=2) + "\n")

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import screen
-from .bundle import VARIANTS, Bundle, Variant, locked
+from .bundle import VARIANTS, Bundle, Variant
 from .config import ExportSettings
+from .disk import locked
 from .errors import InputError
 from .flags import BundleArg, Json, settings_command, words
 

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from . import screen
-from .bundle import disk_errors, make_room, write_atomically
 from .config import GateSettings
+from .disk import disk_errors, make_room, write_atomically
 from .errors import InputError, MissingExtraError
 from .flags import Json, settings_command
 

@@ -105,7 +105,7 @@ def probe(
 
       deploy-prune run ./my-bert --keep-latency 0.5 --lut lut.json
     """
-    from .bundle import write_atomically
+    from .disk import write_atomically
     from .probing import probe as measure
 
     if not out.parent.is_dir():

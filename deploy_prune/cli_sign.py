@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from .bundle import Bundle, locked
+from .bundle import Bundle
+from .disk import locked
 
 app = typer.Typer()
 PASSWORD = "DEPLOY_PRUNE_KEY_PASSWORD"  # environment variable

@@ -84,6 +84,13 @@ class ModelRuns:
             unpack_search,
         )
 
+    def larger_masks(self, scores: Scores, limits: Sequence[Limit], options: Options, solver: Solver) -> MaskSet | None:
+        """Return the masks of the model that mask tuning follows, pruned less; None where that is the dense one."""
+        larger = [Limit.share(limit.table, solver.teacher_keep(limit.keep)) for limit in limits]
+        if all(limit.keep >= 1.0 for limit in larger):
+            return None
+        return self.searched(scores, larger, options).masks
+
     def rearranged(
         self, masks: MaskSet, stats: CalibrationStats, options: Options
     ) -> tuple[MaskSet, dict[str, tuple[float, float]]]:
@@ -173,10 +180,9 @@ class ModelRuns:
     ) -> Teacher:
         """Return the dense model's run, or for mask tuning that of one searched and rearranged at a larger budget."""
         options = replace(options, left_out=())  # the teacher has its whole depth
-        larger = [Limit.share(limit.table, solver.teacher_keep(limit.keep)) for limit in limits]
-        if all(limit.keep >= 1.0 for limit in larger):
+        masks = self.larger_masks(scores, limits, options, solver)
+        if masks is None:
             return self._run_of(self.model, options)
-        masks = self.searched(scores, larger, options).masks
         if options.rearrange != "none":
             masks, _ = self.rearranged(masks, stats, options)
         return self._run_of(slice_model(self.model, self.groups, SlicePlan.from_masks(self.groups, masks)), options)

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .bounds import LARGEST_CUT, SMALL
-from .bundle import disk_errors
 from .config import ALLOW_CODE, allowed_code
+from .disk import disk_errors
 from .documents import one_line, read_json
 from .errors import BundleError, InputError, UnsupportedModelError
 from .image_settings import SETTINGS

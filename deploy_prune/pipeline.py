@@ -18,11 +18,12 @@ from torch import nn
 
 from . import __version__, parallel
 from .archs import max_positions
-from .bundle import VARIANTS, Artifact, Bundle, Stage, disk_errors, publish, staging, write_atomically
+from .bundle import VARIANTS, Artifact, Bundle, Stage
 from .checkpoint import Dense, load_config, load_dense, save_sliced
 from .config import BenchSettings, Recipe
 from .costs import encoder_flops
 from .depth import Depth
+from .disk import disk_errors, write_atomically
 from .errors import BundleError, InputError, VerdictError
 from .evaluate import evaluate
 from .heads import Head
@@ -31,6 +32,7 @@ from .lengths import Lengths
 from .offload import settle
 from .progress import Reporter, Silent
 from .pruner import prune_rows
+from .publishing import publish, staging
 from .resolving import (
     budget_of,
     calibration_rows,

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from . import parallel
 from .batches import Batch, Batches
-from .bundle import disk_errors, sha256_file, write_atomically
 from .calibration import hash_rows
 from .checkpoint import quiet_transformers
 from .config import Recipe
+from .disk import disk_errors, sha256_file, write_atomically
 from .distil import EVALUATIONS, Distillation, DistilTrainer, Feed, Weights
 from .errors import InputError
 from .heads import Head

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from . import parallel
 from .archs import config_of
-from .bundle import sha256_file
 from .costs import Budget
+from .disk import sha256_file
 from .errors import DeployPruneError, LostProcessError
 from .heads import Head
 from .stages import Options

@@ -185,7 +185,7 @@ def _flops(value: float | None) -> str:
 
 def print_bench(result: dict[str, Any]) -> None:
     """Print one table a cell: each model's latency, its process's peak memory, and its ratio to the baseline."""
-    from .runtime_bench.bench import place_title, sensed_line
+    from .runtime_bench.results import place_title, sensed_line
 
     noise = {place_title(n): n for n in result["noise"]}
     cells: dict[str, list[dict[str, Any]]] = {}

@@ -15,7 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..bundle import VARIANTS, Artifact, Bundle, GoldenCase, Parity, Variant, disk_errors, sha256_file
+from ..bundle import VARIANTS, Artifact, Bundle, GoldenCase, Parity, Variant
+from ..disk import disk_errors, sha256_file
 from ..errors import DeployPruneError, InputError, VerdictError
 from ..runtimes import Runner
 from ..runtimes.fixed import FixedShape

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..bundle import disk_errors
+from ..disk import disk_errors
 from ..documents import parse_json
 from ..errors import InputError, MissingExtraError
-from .bench import place_title
 from .gate import Verdict
+from .results import place_title
 
 MARKS = {"passed": "passed", "failed": "**failed**", "too noisy": "**too noisy to tell**"}
 

@@ -9,11 +9,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..bundle import VARIANTS, Bundle, disk_errors, sha256_file, write_atomically
+from ..bundle import VARIANTS, Bundle
+from ..disk import disk_errors, sha256_file, write_atomically
 from ..lengths import kept_line, lengths_line
 from ..signature import Signature
 from . import figures
-from .bench import BASELINE, latest_bench, place_title, sensed_line, stored_runs
+from .results import BASELINE, latest_bench, place_title, sensed_line, stored_runs
 
 REPORT = "report.html"
 TEXTS = Signature(("input_ids",))  # what a model takes that says nothing of it
@@ -111,9 +112,8 @@ def render_report(bundle: Bundle) -> str:
     }
     drawn |= {f"cell-{i}": figures.time_shares(cell["runs"]) for i, cell in enumerate(cells) if cell["runs"]}
     drawn = {name: figure for name, figure in drawn.items() if figure is not None}
-    return environment.get_template(
-        "report.html.j2"
-    ).render(
+    template = environment.get_template("report.html.j2")
+    return template.render(
         artifact_bytes=bundle.artifact_bytes,
         manifest=bundle.manifest,
         headline=headline(bundle, rows),

@@ -1,16 +1,28 @@
-"""A server of tiny bundles in a thread of this process, on free ports."""
+"""A server of tiny bundles in a thread of this process, on free ports, and what asks it."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 import threading
-from collections.abc import Iterator, Mapping
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
+import numpy as np
+
 from deploy_prune.server.models import Serving
 from deploy_prune.server.run import Listening, Server
+
+PATH = "/v2/models/m/infer"
+IDS = {n: {"name": n, "datatype": "INT64", "shape": [1, 3], "data": [1, 1, 1]} for n in ("input_ids", "attention_mask")}
+GOOD = {"inputs": [*IDS.values(), {**IDS["input_ids"], "name": "token_type_ids", "data": [0, 0, 0]}]}
 
 
 @contextmanager
@@ -64,3 +76,44 @@ def running(
         assert not thread.is_alive()
     if failed:
         raise failed[0]
+
+
+def ask(
+    server: Server, path: str = PATH, body: Any = GOOD, headers: dict[str, str] | None = None
+) -> tuple[int, dict[str, Any]]:
+    """Return the status and the document that the server answers over HTTP."""
+    raw = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", raw, headers or {})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+@contextmanager
+def calling(server: Server, method: str = "ModelInfer") -> Iterator[Callable[..., bytes]]:
+    """Yield a method of the server that takes and gives messages as they are on the wire."""
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        yield channel.unary_unary(f"/inference.GRPCInferenceService/{method}", lambda x: x, lambda x: x)
+
+
+def closed_after(connection: socket.socket) -> float:
+    """Read until the other side ends the connection; return the seconds that took."""
+    started = time.monotonic()
+    try:
+        while connection.recv(1 << 16):
+            pass
+    except ConnectionResetError:
+        pass
+    return time.monotonic() - started
+
+
+def infer(client: Any, module: Any, name: str, given: Mapping[str, np.ndarray], **how: Any) -> Any:
+    """Let a client of tritonclient's module grpc or http ask a model for its answer to arrays."""
+    inputs = []
+    for key, array in given.items():
+        tensor = module.InferInput(key, list(array.shape), "BYTES" if array.dtype == object else "INT64")
+        tensor.set_data_from_numpy(array, **how)
+        inputs.append(tensor)
+    return client.infer(name, inputs)

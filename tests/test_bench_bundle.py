@@ -18,9 +18,10 @@ from deploy_prune.cli import invoke
 from deploy_prune.config import BenchSettings, load_settings
 from deploy_prune.errors import InputError
 from deploy_prune.export import Options, export_bundle
-from deploy_prune.runtime_bench.bench import bench_bundle, bench_paths, latest_bench, stored_runs
+from deploy_prune.runtime_bench.bench import bench_bundle, bench_paths
 from deploy_prune.runtime_bench.isolate import Worker, WorkerError
 from deploy_prune.runtime_bench.report import summary_rows
+from deploy_prune.runtime_bench.results import latest_bench, stored_runs
 from deploy_prune.runtime_bench.subjects import bundle_feeds, distinct_names, file_feeds, file_subject
 from deploy_prune.runtimes import open_onnx, open_runner
 
@@ -272,6 +273,17 @@ def test_a_place_that_cannot_be_written_is_told_before_measuring(
     for out, words in ((tmp_path, "is a folder"), (path / "x.json", "a.onnx is a file")):
         assert invoke(["bench", str(path), "--out", str(out)]) == 2
         assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_result_named_as_its_samples_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was once measured, and then overwrote them."""
+    path, out = picture_file(tmp_path / "a.onnx", "n"), tmp_path / "r.npz"
+    monkeypatch.setattr("deploy_prune.runtime_bench.bench.bench", lambda *_: pytest.fail("it measured"))
+    assert invoke(["bench", str(path), "--out", str(out)]) == 2
+    assert "Name it r.json" in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("location", ["model.onnx_data", "weights/all.bin"])

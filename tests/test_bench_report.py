@@ -12,7 +12,6 @@ import pytest
 from bundles_tiny import exported_bundle
 
 from deploy_prune.bundle import Bundle, Stage
-from deploy_prune.runtime_bench.bench import SCHEMA_VERSION
 from deploy_prune.runtime_bench.report import (
     as_markdown,
     budget_line,
@@ -24,6 +23,7 @@ from deploy_prune.runtime_bench.report import (
     summary_rows,
     write_report,
 )
+from deploy_prune.runtime_bench.results import SCHEMA_VERSION
 from deploy_prune.runtime_bench.stats import tell_difference
 
 

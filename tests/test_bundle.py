@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy_prune.bundle import Bundle, GoldenCase, Manifest, locked, publish, staging, write_atomically
+from deploy_prune.bundle import Bundle, GoldenCase, Manifest
+from deploy_prune.disk import locked, write_atomically
 from deploy_prune.errors import BundleError, InputError, SystemStateError
+from deploy_prune.publishing import publish, staging
 
 
 def make(destination: Path, text: str = "one") -> Bundle:
@@ -54,7 +56,7 @@ def test_a_failed_run_leaves_the_old_bundle(tmp_path: Path) -> None:
 
 def test_two_runs_cannot_write_one_bundle(tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom deploy_prune.bundle import locked\nfrom deploy_prune.errors import SystemStateError\n"
+        "import sys\nfrom deploy_prune.disk import locked\nfrom deploy_prune.errors import SystemStateError\n"
         "try:\n    with locked(sys.argv[1]): print('got it')\nexcept SystemStateError: print('refused')\n"
     )
     with locked(tmp_path / "b"):
@@ -124,7 +126,7 @@ def test_golden_cases_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_exchange_without_the_system_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploy_prune.bundle.sys.platform", "darwin")
+    monkeypatch.setattr("deploy_prune.publishing.sys.platform", "darwin")
     make(tmp_path / "b")
     assert make(tmp_path / "b", "two").path("sliced/weights.txt").read_text() == "two"
 
@@ -136,7 +138,7 @@ def test_a_kill_between_the_renames_is_mended(
     class Killed(BaseException):
         pass
 
-    monkeypatch.setattr("deploy_prune.bundle.sys.platform", "darwin")
+    monkeypatch.setattr("deploy_prune.publishing.sys.platform", "darwin")
     make(tmp_path / "b")
     done, rename = [], os.rename
 

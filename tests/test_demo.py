@@ -24,7 +24,7 @@ from deploy_prune.errors import InputError, SystemStateError
 from deploy_prune.heads import Head
 from deploy_prune.predict import predict
 from deploy_prune.progress import Silent
-from deploy_prune.runtime_bench.bench import latest_bench
+from deploy_prune.runtime_bench.results import latest_bench
 from deploy_prune.serve import load as load_predictor
 from deploy_prune.snippets import parse_snippets, sentence_key, split_snippets
 from deploy_prune.tasks import load_task, task_head

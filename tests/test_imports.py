@@ -21,10 +21,10 @@ FOLDERS = {
 
 # A room may import rooms of its own line and of the lines above it, never of a line below.
 LAYERS = [
-    "errors parallel documents signing units progress moments image_settings lengths",
+    "errors disk parallel documents signing units progress moments image_settings lengths",
     "latency_table images npz bounds",
     "archs costs heads signature tasks bundle config masking modeling_sliced batches fidelity",
-    "given_masks archives snippets",
+    "given_masks archives snippets publishing",
     "channel_costs channel_masking patches graph_runner",
     "offload calibration channel_calibration predict layerwise teacher layer_calibration",
     "criteria",
@@ -48,6 +48,7 @@ MAY_MEET = {"runtime_bench.probe"}
 
 TORCH_FREE = [
     *("deploy_prune", "deploy_prune.errors", "deploy_prune.units", "deploy_prune.bundle", "deploy_prune.config"),
+    *("deploy_prune.disk", "deploy_prune.publishing"),
     *("deploy_prune.cli", "deploy_prune.demo", "deploy_prune.demo_text", "deploy_prune.demo_digits"),
     *("deploy_prune.runtimes", "deploy_prune.runtimes.base"),
     *("deploy_prune.runtimes.ort", "deploy_prune.serve", "deploy_prune.runtime_bench"),

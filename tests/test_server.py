@@ -22,10 +22,9 @@ from bundles_tiny import make_bundle
 pytest.importorskip("tritonclient", reason="the extra 'serve' is not installed")
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
-from servers_tiny import running
+from servers_tiny import infer, running
 from tritonclient.utils import InferenceServerException
 
-from deploy_prune.bundle import Bundle
 from deploy_prune.export import export_bundle
 from deploy_prune.serve import load
 from deploy_prune.server.models import Serving
@@ -77,25 +76,16 @@ def expected(root: Path, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return predictor.infer(given)
 
 
-def ask(client: Any, module: Any, name: str, given: dict[str, np.ndarray], **how: Any) -> Any:
-    inputs = []
-    for key, array in given.items():
-        tensor = module.InferInput(key, list(array.shape), "BYTES" if array.dtype == object else "INT64")
-        tensor.set_data_from_numpy(array, **how)
-        inputs.append(tensor)
-    return client.infer(name, inputs)
-
-
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("protocol", ["json", "binary", "grpc"])
 def test_raw_tensors(server: Server, bundles: dict[str, Path], head: str, protocol: str) -> None:
     given = feeds()
     if protocol == "grpc":
         client: Any = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
-        found = ask(client, triton_grpc, head, given)
+        found = infer(client, triton_grpc, head, given)
     else:
         client = triton_http.InferenceServerClient(f"127.0.0.1:{server.port}")
-        found = ask(client, triton_http, head, given, binary_data=protocol == "binary")
+        found = infer(client, triton_http, head, given, binary_data=protocol == "binary")
     for name, array in expected(bundles[head], given).items():
         assert np.array_equal(found.as_numpy(name), array)
     client.close()
@@ -109,7 +99,7 @@ def test_texts_in_answers_out(server: Server, bundles: dict[str, Path], head: st
     module: Any = triton_grpc if protocol == "grpc" else triton_http
     port = server.grpc_port if protocol == "grpc" else server.port
     client = module.InferenceServerClient(f"127.0.0.1:{port}")
-    found = ask(client, module, f"{head}.answers", {"text": array})
+    found = infer(client, module, f"{head}.answers", {"text": array})
     with load(bundles[head], threads=1) as predictor:
         wanted = predictor(texts)
     answers = [json.loads(a) for a in found.as_numpy("answer")]
@@ -229,7 +219,7 @@ def test_what_is_longer_than_the_model_reads_is_refused(server: Server, name: st
     assert (status, said in document["error"]) == (413, True), document
     client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
     with pytest.raises(InferenceServerException, match="INVALID_ARGUMENT"):
-        ask(client, triton_grpc, name, given)
+        infer(client, triton_grpc, name, given)
     client.close()
 
 
@@ -245,9 +235,9 @@ def test_unknown_models_and_versions(server: Server) -> None:
     assert post(server, "/v2/models/qa/versions/x/infer", changed("input_ids"))[0] == 404
     client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
     with pytest.raises(InferenceServerException, match="NOT_FOUND"):
-        ask(client, triton_grpc, "nobody", feeds())
+        infer(client, triton_grpc, "nobody", feeds())
     with pytest.raises(InferenceServerException, match="INVALID_ARGUMENT"):
-        ask(client, triton_grpc, "qa", {"input_ids": feeds()["input_ids"]})
+        infer(client, triton_grpc, "qa", {"input_ids": feeds()["input_ids"]})
     client.close()
 
 
@@ -267,7 +257,7 @@ def test_requests_share_runs_and_get_their_own_answers(bundles: dict[str, Path])
 
         def one(number: int) -> None:
             client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
-            found[number] = ask(client, triton_grpc, "m", given[number]).as_numpy("logits")
+            found[number] = infer(client, triton_grpc, "m", given[number]).as_numpy("logits")
             client.close()
 
         threads = [threading.Thread(target=one, args=(i,)) for i in range(len(given))]
@@ -295,7 +285,7 @@ def test_a_full_queue_is_said(bundles: dict[str, Path], protocol: str) -> None:
                 return str(post(server, "/v2/models/m/infer", changed("input_ids"))[0])
             client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
             try:
-                ask(client, triton_grpc, "m", feeds())
+                infer(client, triton_grpc, "m", feeds())
             except InferenceServerException as error:
                 return str(error.status())
             finally:
@@ -331,7 +321,7 @@ def test_what_waits_is_answered_before_the_end(bundles: dict[str, Path], protoco
         def one() -> None:
             if protocol == "grpc":
                 client: Any = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
-                answers.append(ask(client, triton_grpc, "m", given).as_numpy("logits"))
+                answers.append(infer(client, triton_grpc, "m", given).as_numpy("logits"))
                 client.close()
             else:
                 answers.append(post(server, "/v2/models/m/infer", changed("input_ids"))[1]["outputs"][0]["data"])
@@ -355,98 +345,6 @@ def waiting(server: Server) -> bool:
     return any(x.startswith("deploy_prune_waiting_rows{") and float(x.split()[-1]) > 0 for x in lines)
 
 
-def test_a_newer_version_takes_over_and_goes_back(bundles: dict[str, Path], tmp_path: Path) -> None:
-    root = tmp_path / "models"
-    shutil.copytree(bundles["classification"], root / "1")
-    with running({"m": root}) as server:
-        client = triton_http.InferenceServerClient(f"127.0.0.1:{server.port}")
-        assert post(server, "/v2/models/m/infer", changed("input_ids"))[1]["model_version"] == "1"
-        shutil.copytree(bundles["classification"], root / "2")
-        client.load_model("m")
-        assert post(server, "/v2/models/m/infer", changed("input_ids"))[1]["model_version"] == "2"
-        assert post(server, "/v2/models/m/versions/1/infer", changed("input_ids"))[1]["model_version"] == "1"
-        status, document = post(server, "/v2/repository/models/m/load", {"parameters": {"version": "1"}})
-        assert (status, document["version"]) == (200, "1")
-        assert post(server, "/v2/models/m/infer", changed("input_ids"))[1]["model_version"] == "1"
-        (root / "3").mkdir()
-        (root / "3" / "manifest.json").write_text("{}")
-        status, document = post(server, "/v2/repository/models/m/load", {})
-        assert (status, "log says why" in document["error"]) == (500, True)  # no fault of the client's
-        assert str(tmp_path) not in document["error"]
-        other = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
-        with pytest.raises(InferenceServerException, match="FAILED_PRECONDITION") as raised:
-            other.load_model("m")
-        other.close()
-        assert str(tmp_path) not in str(raised.value)
-        assert post(server, "/v2/models/m/infer", changed("input_ids"))[1]["model_version"] == "1"
-        client.unload_model("m")
-        assert not client.is_model_ready("m")
-        assert not client.is_server_ready()
-        client.close()
-
-
-@pytest.mark.parametrize("single", [False, True], ids=["folder", "in place"])
-def test_polling_takes_up_what_is_new(
-    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single: bool
-) -> None:
-    monkeypatch.setattr("deploy_prune.server.run.POLL", 0.1)
-    root = tmp_path / "models"
-    shutil.copytree(bundles["classification"], root if single else root / "1")
-    with running({"m": root}, poll=True) as server:
-        assert post(server, "/v2/models/m/infer", changed("input_ids"))[1]["model_version"] == "1"
-        if single:
-            replaced = Bundle.open(root)
-            replaced.manifest.task["labels"] = ["bad", "good"]
-            replaced.commit()
-        else:
-            shutil.copytree(bundles["classification"], tmp_path / "new")
-            (tmp_path / "new").rename(root / "2")
-        until = time.monotonic() + 30
-        while post(server, "/v2/models/m/infer", changed("input_ids"))[1]["model_version"] != "2":
-            assert time.monotonic() < until
-        load_one = {"parameters": {"version": "1"}}
-        status, said = post(server, "/v2/repository/models/m/load", load_one)
-        assert (status, said.get("version")) == (200, "1")
-        time.sleep(0.5)  # several looks: what was gone back from is not new
-        assert post(server, "/v2/models/m/infer", changed("input_ids"))[1]["model_version"] == "1"
-
-
-def test_reloads_lose_no_request(bundles: dict[str, Path], tmp_path: Path) -> None:
-    root = tmp_path / "models"
-    shutil.copytree(bundles["classification"], root / "1")
-    given = feeds()
-    wanted = expected(bundles["classification"], given)["logits"]
-    with running({"m": root}) as server:
-        stop, wrong, count = threading.Event(), [], [0]
-
-        def ask_on() -> None:
-            client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
-            while not stop.is_set():
-                try:
-                    if not np.allclose(ask(client, triton_grpc, "m", given).as_numpy("logits"), wanted, atol=1e-5):
-                        wrong.append("another answer")
-                    count[0] += 1
-                except InferenceServerException as error:
-                    wrong.append(str(error))
-            client.close()
-
-        threads = [threading.Thread(target=ask_on) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for number in (2, 3, 4):
-            shutil.copytree(bundles["classification"], root / str(number))
-            assert post(server, "/v2/repository/models/m/load", {})[1]["version"] == str(number)
-        stop.set()
-        for thread in threads:
-            thread.join()
-        assert post(server, "/v2/repository/index", {})[1] == [
-            {"name": "m", "version": "3", "state": "AVAILABLE", "reason": ""},
-            {"name": "m", "version": "4", "state": "READY", "reason": ""},
-        ]
-    assert wrong == []
-    assert count[0] > 10
-
-
 def test_log_lines_have_no_colours() -> None:
     record = logging.makeLogRecord({"msg": "up", "levelname": "INFO", "color_message": "\x1b[36mup", "port": 1})
     said = json.loads(log_formatter().format(record))
@@ -464,7 +362,7 @@ def test_a_token_is_asked_for(bundles: dict[str, Path]) -> None:
         client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
         assert client.is_server_live()
         with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
-            ask(client, triton_grpc, "m", feeds())
+            infer(client, triton_grpc, "m", feeds())
         assert client.is_model_ready("m", headers={"authorization": f"Bearer {token}"})
         client.close()
 

@@ -23,7 +23,8 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
     import load
 
     yield load
-    sys.modules.pop("load", None)
+    for name in ("load", "servers"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles_tiny import exported_bundle
+from bundles_tiny import exported_bundle, tiny_inputs
 
 pytest.importorskip("tritonclient", reason="the extra 'serve' is not installed")
 import tritonclient.grpc as triton_grpc
-from servers_tiny import running
+import tritonclient.http as triton_http
+from servers_tiny import GOOD, PATH, infer, running
+from tritonclient.utils import InferenceServerException
 
 from deploy_prune.bundle import Bundle
+from deploy_prune.serve import load
 from deploy_prune.serve.loader import Predictor
 from deploy_prune.server.engine import Engine
 from deploy_prune.server.models import WARM_ROWS, Models, Serving
@@ -151,6 +154,98 @@ def test_metadata_is_of_the_open_version_whatever_lies_on_disk(made: Path, tmp_p
         assert before[1]["outputs"] == [{"name": "logits", "datatype": "FP32", "shape": [-1, 2]}]
         shutil.rmtree(root / "golden")
         assert ask(server, "/v2/models/m") == before
+
+
+def test_a_newer_version_takes_over_and_goes_back(made: Path, tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    shutil.copytree(made, root / "1")
+    with running({"m": root}) as server:
+        client = triton_http.InferenceServerClient(f"127.0.0.1:{server.port}")
+        assert ask(server, PATH, GOOD)[1]["model_version"] == "1"
+        shutil.copytree(made, root / "2")
+        client.load_model("m")
+        assert ask(server, PATH, GOOD)[1]["model_version"] == "2"
+        assert ask(server, "/v2/models/m/versions/1/infer", GOOD)[1]["model_version"] == "1"
+        status, document = ask(server, LOAD, {"parameters": {"version": "1"}})
+        assert (status, document["version"]) == (200, "1")
+        assert ask(server, PATH, GOOD)[1]["model_version"] == "1"
+        (root / "3").mkdir()
+        (root / "3" / "manifest.json").write_text("{}")
+        status, document = ask(server, LOAD, {})
+        assert (status, "log says why" in document["error"]) == (500, True)  # no fault of the client's
+        assert str(tmp_path) not in document["error"]
+        other = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+        with pytest.raises(InferenceServerException, match="FAILED_PRECONDITION") as raised:
+            other.load_model("m")
+        other.close()
+        assert str(tmp_path) not in str(raised.value)
+        assert ask(server, PATH, GOOD)[1]["model_version"] == "1"
+        client.unload_model("m")
+        assert not client.is_model_ready("m")
+        assert not client.is_server_ready()
+        client.close()
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["folder", "in place"])
+def test_polling_takes_up_what_is_new(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single: bool
+) -> None:
+    monkeypatch.setattr("deploy_prune.server.run.POLL", 0.1)
+    root = tmp_path / "models"
+    shutil.copytree(made, root if single else root / "1")
+    with running({"m": root}, poll=True) as server:
+        assert ask(server, PATH, GOOD)[1]["model_version"] == "1"
+        if single:
+            replaced = Bundle.open(root)
+            replaced.manifest.task["labels"] = ["bad", "good"]
+            replaced.commit()
+        else:
+            shutil.copytree(made, tmp_path / "new")
+            (tmp_path / "new").rename(root / "2")
+        until = time.monotonic() + 30
+        while ask(server, PATH, GOOD)[1]["model_version"] != "2":
+            assert time.monotonic() < until
+        status, said = ask(server, LOAD, {"parameters": {"version": "1"}})
+        assert (status, said.get("version")) == (200, "1")
+        time.sleep(0.5)  # several looks: what was gone back from is not new
+        assert ask(server, PATH, GOOD)[1]["model_version"] == "1"
+
+
+def test_reloads_lose_no_request(made: Path, tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    shutil.copytree(made, root / "1")
+    given = tiny_inputs(["input_ids", "attention_mask", "token_type_ids"], 2, 4)
+    with load(made, threads=1) as predictor:
+        wanted = predictor.infer(given)["logits"]
+    with running({"m": root}) as server:
+        stop, wrong, count = threading.Event(), [], [0]
+
+        def ask_on() -> None:
+            client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+            while not stop.is_set():
+                try:
+                    if not np.allclose(infer(client, triton_grpc, "m", given).as_numpy("logits"), wanted, atol=1e-5):
+                        wrong.append("another answer")
+                    count[0] += 1
+                except InferenceServerException as error:
+                    wrong.append(str(error))
+            client.close()
+
+        threads = [threading.Thread(target=ask_on) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for number in (2, 3, 4):
+            shutil.copytree(made, root / str(number))
+            assert ask(server, LOAD, {})[1]["version"] == str(number)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert ask(server, "/v2/repository/index", {})[1] == [
+            {"name": "m", "version": "3", "state": "AVAILABLE", "reason": ""},
+            {"name": "m", "version": "4", "state": "READY", "reason": ""},
+        ]
+    assert wrong == []
+    assert count[0] > 10
 
 
 @pytest.mark.parametrize("single", [False, True], ids=["folder", "in place"])

@@ -438,7 +438,7 @@ def test_labels_must_be_there(place: Place, cluster: Any, tmp_path: Path) -> Non
 
 
 def test_one_sweep_at_a_time(place: Place, cluster: Any, tmp_path: Path) -> None:
-    from deploy_prune.bundle import locked
+    from deploy_prune.disk import locked
 
     with locked(tmp_path / "out"), pytest.raises(SystemStateError, match="Another run"):
         run_sweep(place.settings(), tmp_path / "out")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..archs import is_convolutional
-from ..bundle import disk_errors, write_atomically
+from ..disk import disk_errors, write_atomically
 from ..errors import InputError
 from ..progress import Reporter
 from .catalogue import EXPERIMENTS

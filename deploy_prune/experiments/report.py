@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import write_atomically
+from ..disk import write_atomically
 from ..errors import MissingExtraError
 from ..runtime_bench.stats import half_width
 from .catalogue import Experiment

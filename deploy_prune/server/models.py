@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..bundle import sha256_file
+from ..disk import sha256_file
 from ..errors import InputError
 from ..serve.loader import Predictor
 from ..serve.loader import load as open_bundle

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from .. import pipeline
-from ..bundle import Bundle, disk_errors, locked, write_atomically
+from ..bundle import Bundle
 from ..config import Recipe
+from ..disk import disk_errors, locked, write_atomically
 from ..errors import InputError, VerdictError
 from ..experiments import Lab, Setting
 from ..latency_table import AnyLatency, ChannelLatency, LatencyTable, LatencyTables, read_latency_table

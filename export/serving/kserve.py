@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...bundle import Bundle, Variant, disk_errors, write_atomically
+from ...bundle import Bundle, Variant
+from ...disk import disk_errors, write_atomically
 from ...errors import InputError
 from ...runtimes.base import find_artifact
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...bundle import Artifact, Bundle, Variant, disk_errors, write_atomically
+from ...bundle import Artifact, Bundle, Variant
+from ...disk import disk_errors, write_atomically
 from ...errors import InputError, MissingExtraError
 from ...runtimes.base import find_artifact
 from ...signature import Signature

@@ -33,8 +33,8 @@ from cnn_rival import renewed, rivals
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from deploy_prune.bundle import write_atomically
 from deploy_prune.calibration import sample_indices
+from deploy_prune.disk import write_atomically
 from deploy_prune.experiments import Lab, Setting
 from deploy_prune.experiments.methods import CHANNEL_STAGES
 from deploy_prune.experiments.report import write

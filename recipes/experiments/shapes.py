@@ -25,10 +25,11 @@ import numpy as np
 import typer
 
 from deploy_prune.archs import arch_of
-from deploy_prune.bundle import Bundle, write_atomically
+from deploy_prune.bundle import Bundle
 from deploy_prune.checkpoint import load_dense
 from deploy_prune.config import BenchSettings
 from deploy_prune.costs import encoder_flops, unit_flops
+from deploy_prune.disk import write_atomically
 from deploy_prune.export import Options, evaluation_of, export_bundle
 from deploy_prune.pipeline import slice_given
 from deploy_prune.runtime_bench.bench import Place, bench, time_subjects, without_file

@@ -12,10 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy_prune.bundle import Bundle, write_atomically
+from deploy_prune.bundle import Bundle
+from deploy_prune.disk import write_atomically
 from deploy_prune.experiments.report import as_markdown
-from deploy_prune.runtime_bench.bench import latest_bench
 from deploy_prune.runtime_bench.report import summary_rows
+from deploy_prune.runtime_bench.results import latest_bench
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
