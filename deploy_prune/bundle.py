@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from .disk import disk_errors, fsync, sha256_file, write_atomically
+from .disk import disk_errors, fsync, sha256_file, share, write_atomically
 from .disk import locked as locked  # deploy_prune.sweep takes it from here
 from .documents import one_line, parse_json, read_json, read_text
 from .errors import BundleError
@@ -282,6 +282,7 @@ class Bundle:
         temporary = self.root / ".golden.safetensors"
         with disk_errors(temporary):
             save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary)
+            share(temporary)
         stem = f"case{len(self.manifest.golden)}"
         self.manifest.golden.append({"path": self.add_file(temporary, "golden", stem)})
 

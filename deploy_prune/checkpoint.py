@@ -18,7 +18,7 @@ from .archs import check_prunable, config_of, of_transformers
 from .bounds import LARGEST_CUT, bounded_weights, check_counts
 from .bundle import Bundle, Variant
 from .config import pickle_allowed
-from .disk import disk_errors, sha256_file
+from .disk import disk_errors, sha256_file, share
 from .documents import one_line, read_json
 from .errors import BundleError, InputError, SystemStateError, UnsupportedModelError
 from .heads import Head
@@ -169,6 +169,7 @@ def save_sliced(model: nn.Module, processor: Any, folder: Path) -> list[Path]:
         processor.save_pretrained(folder)
         state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        share(folder / "model.safetensors")
         code = Path(modeling_sliced.__file__).read_text("utf-8")
         (folder / "modeling_sliced.py").write_text(code + _SLICED_CLASS.format(stock=stock), encoding="utf-8")
     return sorted(p for p in folder.iterdir() if p.is_file())

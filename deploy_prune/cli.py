@@ -343,6 +343,9 @@ def invoke(arguments: list[str]) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _report(SystemStateError("The disk is full.", hint="Free some space, then run it again."), as_json)
+        if isinstance(error, PermissionError):
+            hint = "Check whose it is, and its mode: a container or a service may run as another user."
+            return _report(SystemStateError(f"No permission for {error.filename}.", hint=hint), as_json)
         screen.print_internal_error(error)
         return 70
     except Exception as error:

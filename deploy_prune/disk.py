@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import DeployPruneError, InputError, SystemStateError
@@ -47,6 +47,12 @@ def write_atomically(path: Path, text: str) -> None:
         finally:
             temporary.unlink(missing_ok=True)
         fsync(path.parent)
+
+
+def share(path: Path) -> None:
+    """Let those read and write a file who may do so in its folder: safetensors makes files for their owner alone."""
+    with suppress(PermissionError):  # a file system without modes
+        path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def fsync(path: Path) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .bounds import LARGEST_CUT, SMALL
 from .config import ALLOW_CODE, allowed_code
-from .disk import disk_errors
+from .disk import disk_errors, share
 from .documents import one_line, read_json
 from .errors import BundleError, InputError, UnsupportedModelError
 from .image_settings import SETTINGS
@@ -131,6 +131,7 @@ def save_module(
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(_own_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
+        share(folder / WEIGHTS)
         (folder / FILE).write_text(text, encoding="utf-8")
         if processor is not None:
             processor.save_pretrained(folder)

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bundles_tiny import exported_bundle
 
 from deploy_prune.bundle import Bundle, GoldenCase, Manifest
+from deploy_prune.cli import invoke
 from deploy_prune.disk import locked, write_atomically
 from deploy_prune.errors import BundleError, InputError, SystemStateError
 from deploy_prune.publishing import publish, staging
@@ -184,3 +186,31 @@ def test_manifest_defaults_are_complete() -> None:
     assert set(Manifest().model_dump()) >= {
         *("schema_version", "model", "task", "budget", "stages", "plan", "counts", "quality", "fidelity", "artifacts"),
     }
+
+
+def test_who_may_read_the_folder_may_read_what_is_in_it(tmp_path: Path) -> None:
+    """A container whose user is another one once found tensors that only their writer could read."""
+    bundle = exported_bundle(tmp_path)
+    assert {path.suffix for path in bundle.root.rglob("*")} >= {".safetensors", ".json", ".onnx"}
+    wanted = bundle.root.stat().st_mode & 0o666
+    assert {path: path.stat().st_mode & 0o666 for path in bundle.root.rglob("*") if path.is_file()} == {
+        path: wanted for path in bundle.root.rglob("*") if path.is_file()
+    }
+
+
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It once was an internal error with a traceback."""
+    bundle = make(tmp_path / "b")
+    hidden = bundle.root / "sliced" / "weights.txt"
+    monkeypatch.setattr(
+        "deploy_prune.bundle.sha256_file", lambda path: raise_it(PermissionError(13, "denied", str(path)))
+    )
+    assert invoke(["inspect", str(bundle.root)]) == 4
+    said = "".join(capsys.readouterr().err.split())
+    assert f"Nopermissionfor{hidden}" in said
+
+
+def raise_it(error: Exception) -> None:
+    raise error
