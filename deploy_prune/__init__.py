@@ -6,9 +6,13 @@ Importing this package imports nothing heavy: each name below is loaded when it 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# ONNX Runtime else keeps an identifier of the machine in the user's cache and reports sessions to its makers.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _LAZY = {
     "Budget": "costs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -192,6 +193,24 @@ def test_cuda_never_falls_back_to_the_cpu(
         pass
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", "libcudnn was not found\n")
+
+
+def test_onnx_runtime_reports_nothing_to_its_makers(tmp_path: Path) -> None:
+    """Its packages keep an identifier in the user's cache, and send it; also those that the registry has for Linux."""
+    path = Path(exported_bundle(tmp_path).manifest.artifacts[0].path)
+    program = "import sys; {} import onnxruntime; onnxruntime.InferenceSession(sys.argv[1])"
+    found = {}
+    for first in ("", "import deploy_prune;"):
+        home = tmp_path / f"home{len(first)}"
+        home.mkdir()
+        hidden = ("CI", "GITHUB_ACTIONS", "PYTEST_CURRENT_TEST", "XDG_CACHE_HOME", "ORT_DISABLE_TELEMETRY")
+        environment = {k: v for k, v in os.environ.items() if k not in hidden} | {"HOME": str(home)}
+        command = [sys.executable, "-c", program.format(first), str(tmp_path / "bundle" / path)]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        found[first] = sorted(file.name for file in home.rglob("*") if "onnxruntime" in str(file))
+    if not found[""]:
+        pytest.skip("this ONNX Runtime keeps nothing even where it is not told to")
+    assert found["import deploy_prune;"] == []
 
 
 def test_ort_needs_no_torch(tmp_path: Path) -> None:
