@@ -19,7 +19,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from .disk import disk_errors, fsync, sha256_file, share, write_atomically
-from .disk import locked as locked  # deploy_prune.sweep takes it from here
 from .documents import one_line, parse_json, read_json, read_text
 from .errors import BundleError
 from .signing import SIGNATURE, check_signature

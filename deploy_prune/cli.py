@@ -356,6 +356,6 @@ def invoke(arguments: list[str]) -> int:
 
 def _report(error: DeployPruneError, as_json: bool) -> int:
     rank = int(os.environ.get("RANK", "0"))  # of a process that torchrun started
-    if not isinstance(error, DismissedError):
+    if rank == 0 or not isinstance(error, DismissedError):
         screen.print_error(error, as_json and not rank, f" in process {rank + 1}" if rank else "")
     return error.exit_code

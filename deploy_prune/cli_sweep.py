@@ -24,6 +24,9 @@ def sweep(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Jobs at once (default: as many as there are cores for).")
     ] = None,
+    wait_minutes: Annotated[
+        float, typer.Option(min=0, help="Wait so long for a node that jobs can run on, if all such leave the cluster.")
+    ] = 10.0,
     as_json: Json = False,
 ) -> None:
     """Prune models x tasks x budgets x seeds x methods on all cores or a Ray cluster, and perhaps measure each; write
@@ -42,7 +45,7 @@ def sweep(
 
     settings = load_settings(SweepSettings, config, "sweep")
     with screen.Bars() as bars:
-        found = run_sweep(settings, out, address=address, workers=workers, reporter=bars)
+        found = run_sweep(settings, out, address=address, workers=workers, wait_minutes=wait_minutes, reporter=bars)
     if as_json:
         screen.print_json(found.to_dict())
         if found.failed:

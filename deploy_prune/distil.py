@@ -220,8 +220,9 @@ class DistilTrainer(Trainer):
         )
 
     def judge(self) -> float:
-        """Return the student's loss on the held-out rows."""
-        return self.model.judge(self.held, self.targets)  # type: ignore[union-attr,operator]
+        """Return the student's loss on the held-out rows, of a team the first process's: all stop at the same step."""
+        loss = self.model.judge(self.held, self.targets)  # type: ignore[union-attr,operator]
+        return parallel.agree_values({"loss": loss})["loss"]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = {"eval_loss": self.judge()}

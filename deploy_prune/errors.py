@@ -11,7 +11,7 @@ DeployPruneError
 └── SystemStateError        exit 4   disk full, no such device, no network and an empty cache
     └── LostProcessError             another process of the same run has ended; what is finished is kept
 
-DismissedError is how the other processes of a run end when the first one fails; it has the first one's exit code.
+DismissedError is how the other processes of a run end when one of them fails; it has that one's exit code.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class LostProcessError(SystemStateError):
 
 
 class DismissedError(DeployPruneError):
-    """The first process of a team ended with an error that it tells by itself; not shown."""
+    """Another process of a team ended with an error that it tells by itself; the first process shows it as well."""
 
-    def __init__(self, exit_code: int) -> None:
-        super().__init__("The first process ended with an error.")
+    def __init__(self, exit_code: int, message: str = "The first process has failed.", *, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
         self.exit_code = exit_code

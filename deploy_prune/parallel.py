@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -18,10 +19,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from .errors import DeployPruneError, DismissedError, InputError, LostProcessError
+from . import hosts
+from .errors import DeployPruneError, DismissedError, InputError, LostProcessError, SystemStateError
 
 SECTIONS = 4  # of a sum; with more processes the next power of two
+MEETING = timedelta(minutes=3)  # of waiting for the others to come; for their connections gloo waits five times as long
 TIMEOUT = timedelta(hours=12)  # of waiting for the others: a search or a download may take long in the first process
 BACKENDS = ("gloo", "nccl")  # gloo's errors are plain RuntimeErrors that begin with the path of its source
 Kept = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and plain values
@@ -41,7 +45,7 @@ def team(device: torch.device) -> Iterator[None]:
 
     Every process calls the same functions with the same arguments from there on. A process group that is there
     already is used. A termination, as torchrun sends it when another process has ended, raises LostProcessError.
-    A GPU that has a number becomes the current one.
+    A GPU that has a number becomes the current one. Raises SystemStateError where the others cannot be reached.
     """
     global _joined
     there = dist.is_initialized()
@@ -51,8 +55,7 @@ def team(device: torch.device) -> Iterator[None]:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # what nccl sends lies there: it refuses two processes on one GPU
     if not there:
-        with connected():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        _meet("nccl" if device.type == "cuda" else "gloo")
     before = signal.signal(signal.SIGTERM, _terminated)
     _joined = True
     try:
@@ -63,6 +66,22 @@ def team(device: torch.device) -> Iterator[None]:
         if not there:
             with suppress(RuntimeError):
                 dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    """Connect to the others, on a network that leads to them, and let the system watch the connections."""
+    hosts.choose_interface()
+    meeting = TIMEOUT if backend == "nccl" else MEETING  # nccl connects when it is first used: that may be late
+    try:
+        dist.init_process_group(backend, timeout=meeting)
+    except RuntimeError as error:
+        raise SystemStateError(
+            f"{place()} could not join the others: {_first_line(error)}",
+            hint="Every machine must reach every other by its address, on any port. Where one has several networks, "
+            f"name the interface in {hosts.INTERFACE} (docs/scale.md).",
+        ) from error
+    _set_pg_timeout(TIMEOUT)
+    hosts.watch_connections()
 
 
 def disband() -> None:
@@ -86,8 +105,10 @@ def rank() -> int:
 
 
 def place() -> str:
-    """Name this process in messages."""
-    return f"Process {rank() + 1} of {size()}"
+    """Name this process in messages, and where there are several machines its own."""
+    number, count = (rank(), size()) if _joined else (os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1))
+    machine = f", on {socket.gethostname()}," if hosts.started_on_several() else ""
+    return f"Process {int(number) + 1} of {count}{machine}"
 
 
 def neighbours() -> int:
@@ -273,13 +294,13 @@ def agree(kept: Kept | None) -> Kept | None:
     return found, told["values"]
 
 
-def agree_values(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the first process's plain values, in every process."""
+def agree_values(values: dict[str, Any], source: int = 0) -> dict[str, Any]:
+    """Return one process's plain values (default: the first one's), in every process."""
     if size() == 1:
         return values
     text = torch.from_numpy(np.frombuffer(json.dumps(values).encode(), dtype=np.uint8).copy())
-    length = int(_sent(torch.tensor(len(text))))
-    text = _sent(text if rank() == 0 else torch.zeros(length, dtype=torch.uint8))
+    length = int(_sent(torch.tensor(len(text)), source))
+    text = _sent(text if rank() == source else torch.zeros(length, dtype=torch.uint8), source)
     return json.loads(text.numpy().tobytes())
 
 
@@ -287,26 +308,45 @@ def agree_values(values: dict[str, Any]) -> dict[str, Any]:
 def first_ahead() -> Iterator[None]:
     """Let the first process do something before the others: what it downloads or makes, they find.
 
-    Its errors end the others as well.
+    An error in any process ends them all: what the others could not do, the first one tells as well.
     """
-    if rank() > 0:
-        if code := int(agree_values({})["exit_code"]):
-            raise DismissedError(code)
+    if size() == 1:
         yield
         return
+    if rank() > 0 and (code := int(agree_values({})["exit_code"])):
+        raise DismissedError(code)
+    failed: DeployPruneError | None = None
     try:
         yield
+    except LostProcessError:
+        raise  # the others notice by themselves
     except DeployPruneError as error:
-        agree_values({"exit_code": error.exit_code})
-        raise
-    agree_values({"exit_code": 0})
+        failed = error
+    if rank() == 0:
+        agree_values({"exit_code": failed.exit_code if failed else 0})
+        if failed:
+            raise failed
+    _all_well(failed)
 
 
-def _sent(tensor: Tensor) -> Tensor:
-    """Return the first process's tensor on the CPU."""
+def _all_well(failed: DeployPruneError | None) -> None:
+    """Raise an error in every process if one of them has failed."""
+    codes = fill(torch.tensor([failed.exit_code if failed and r == rank() else 0 for r in range(size())]))
+    if not codes.any():
+        return
+    source = int(codes.nonzero()[0])
+    said = {"message": f"{place()} failed: {failed.message}", "hint": failed.hint} if failed else {}
+    told = agree_values(said, source)
+    if failed:
+        raise failed
+    raise DismissedError(int(codes[source]), told["message"], hint=told["hint"])
+
+
+def _sent(tensor: Tensor, source: int = 0) -> Tensor:
+    """Return one process's tensor (default: the first one's) on the CPU."""
     flags = tensor.dtype == torch.bool  # not every backend sends those
     moved = _to_send(tensor.to(torch.uint8) if flags else tensor)
-    _broadcast(moved, 0)
+    _broadcast(moved, source)
     return moved.to("cpu").to(tensor.dtype)
 
 
@@ -329,8 +369,11 @@ def connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = str(error).strip()
-        if not (isinstance(error, dist.DistError) or any(name in said.lower() for name in BACKENDS)):
+        if not (isinstance(error, dist.DistError) or any(name in str(error).lower() for name in BACKENDS)):
             raise
-        reason = (said.splitlines() or [type(error).__name__])[0]
-        raise LostProcessError(f"{place()} lost another process, or could not reach it: {reason:.200}") from error
+        reason = _first_line(error)
+        raise LostProcessError(f"{place()} lost another process, or could not reach it: {reason}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{(str(error).strip().splitlines() or [type(error).__name__])[0]:.200}"

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ MOST_HELD_OUT = 1024
 TRIAL_STEPS = 5  # timed to see how many steps a number of minutes allows
 BUSY = 0.95  # share of the minutes that is planned: checkpoints take time too
 STATE, RESULT = "recovery.json", "recovered.safetensors"
+LAST = "trainer_state.json"  # of a checkpoint's files the last that is written
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def recover(
         raise InputError(f"{len(rows)} rows are too few to recover on.", hint=f"Give at least {LEAST_ROWS}.")
     if settings.weights.labels and any(row.label is None for row in rows):
         raise InputError("Labels have a share in recovery's loss, but some rows have none.", hint="Leave it out.")
+    _follow_first(student)  # another processor's may differ in their last bits, and the scratch folder's key with them
     train, held = hold_out(rows, settings.seed)
     own = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
     with ExitStack() as stack:
@@ -111,8 +113,10 @@ def recover(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deploy-prune-recover-")))
         stack.enter_context(disk_errors(folder))
         scratch = Scratch(folder, _key(own, teacher, rows, settings))
+        if not scratch.writes:  # its trainer writes little, and nothing that anybody reads
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deploy-prune-recover-")))
         if scratch.finished():
-            finished = parallel.agree((load_file(folder / RESULT), {}) if parallel.rank() == 0 else None)
+            finished = parallel.agree((load_file(folder / RESULT), {}) if scratch.writes else None)
             student.load_state_dict((finished or ({}, {}))[0], strict=True)
             return {**scratch.known["record"], "reused": True}
         stack.enter_context(quiet_transformers())
@@ -132,10 +136,11 @@ def recover(
             folder=folder,
             progress=progress,
         )
-        checkpoint = scratch.last_checkpoint()
+        checkpoint = scratch.last_checkpoint(folder)
         before = trainer.judge()
         with parallel.connected():  # the trainer itself exchanges the gradients
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        _follow_first(student)  # which has the best checkpoint on its disk
         after = trainer.judge()
         kept = after < before
         if not kept:
@@ -163,16 +168,16 @@ def recover(
 class Scratch:
     """Keep a run's state in a folder, so that it can go on; what another run left there is removed.
 
-    Of a team the first process writes and reads it, and the others know what it knows.
+    Of a team the first process writes and reads it, and the others, on whose machine it may not be, know what it knows.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.writes = folder, parallel.rank() == 0
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self.known: dict[str, Any] = json.loads((folder / STATE).read_text("utf-8"))
-        except (OSError, ValueError):
-            self.known = {}
+        self.known: dict[str, Any] = {}
+        if self.writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError, ValueError):
+                self.known = json.loads((folder / STATE).read_text("utf-8"))
         self.known = parallel.agree_values(self.known)
         if self.known.get("key") != key:
             self._clear()
@@ -191,18 +196,25 @@ class Scratch:
         whole = self.writes and path.is_file() and sha256_file(path) == self.known.get("sha256")
         return bool(parallel.agree_values({"whole": whole and "record" in self.known})["whole"])
 
-    def last_checkpoint(self) -> Path | None:
-        """Return the newest complete checkpoint that every process finds; half-written ones are removed."""
+    def last_checkpoint(self, copies: Path) -> Path | None:
+        """Return the newest complete checkpoint; half-written ones are removed.
+
+        Where a process does not find the first one's, it gets a copy below `copies`.
+        """
         newest = self._newest() if self.writes else None
-        name = parallel.agree_values({"name": newest and newest.name})["name"]
-        everywhere = parallel.least(bool(name) and (self.folder / name).is_dir())
-        return self.folder / name if everywhere else None
+        told = parallel.agree_values({"name": newest.name, "state": sha256_file(newest / LAST)} if newest else {})
+        if not told:
+            return None
+        path = self.folder / told["name"]
+        if parallel.least((path / LAST).is_file() and sha256_file(path / LAST) == told["state"]):
+            return path
+        return _handed_out(path, path if self.writes else copies / path.name)
 
     def _newest(self) -> Path | None:
         found = []
         for path in self.folder.glob("checkpoint-*"):
-            try:  # the trainer writes its state last
-                found.append((json.loads((path / "trainer_state.json").read_text("utf-8"))["global_step"], path))
+            try:
+                found.append((json.loads((path / LAST).read_text("utf-8"))["global_step"], path))
             except (OSError, ValueError, KeyError):
                 shutil.rmtree(path)
         return max(found)[1] if found else None
@@ -223,6 +235,26 @@ class Scratch:
             shutil.rmtree(path)
         for name in {STATE, RESULT} - set(keep):
             (self.folder / name).unlink(missing_ok=True)
+
+
+def _handed_out(source: Path, copy: Path) -> Path:
+    """Give every process the files of a folder that the first one has; return where they lie in this one."""
+    writes = parallel.rank() == 0
+    files = sorted(p.name for p in source.iterdir() if p.is_file()) if writes else []
+    if not writes:
+        copy.mkdir(parents=True, exist_ok=True)
+    for name in parallel.agree_values({"files": files})["files"]:
+        content = torch.from_numpy(np.fromfile(source / name, dtype=np.uint8)) if writes else None
+        sent = parallel.agree(None if content is None else ({"file": content}, {}))
+        if sent is not None and not writes:
+            sent[0]["file"].numpy().tofile(copy / name)
+    return copy
+
+
+def _follow_first(student: nn.Module) -> None:
+    """Give every process of a team the first one's weights."""
+    if parallel.size() > 1 and (kept := parallel.agree((student.state_dict(), {}))) is not None:
+        student.load_state_dict(kept[0], strict=True)
 
 
 def hold_out(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:

@@ -24,7 +24,7 @@ from . import parallel
 from .archs import config_of
 from .costs import Budget
 from .disk import sha256_file
-from .errors import DeployPruneError, LostProcessError
+from .errors import DeployPruneError, InputError, LostProcessError
 from .heads import Head
 from .stages import Options
 from .tasks.base import Row
@@ -32,6 +32,14 @@ from .tasks.base import Row
 FORMAT = 1  # raised when the same stage is laid out in another way
 FREE_SHARE = 4  # a result is kept where it takes at most this part of the free disk: the bundle needs room too
 HALF = "bundle"  # what a killed run had exported: each file has a key of its own, whatever the run's
+SHARED = {  # what all processes of a team must have, as messages call it; processors and threads may differ
+    "code": "another deploy-prune",
+    "versions": "another Python, torch, transformers or the like",
+    "model": "another model",
+    "rows": "other calibration rows",
+    "budget": "another budget",
+    "options": "other options",
+}
 Kept = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and plain values
 T = TypeVar("T")
 
@@ -165,6 +173,22 @@ def run_key(
         "options": asdict(options),
         **more,
     }
+
+
+def agreed(key: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a run's key, if all processes of a team have the same model, rows and code.
+
+    Raises InputError in a process that has others than the first one.
+    """
+    first = parallel.agree_values({name: key[name] for name in SHARED})
+    with parallel.first_ahead():
+        for name, what in SHARED.items():
+            if json.dumps(key[name], sort_keys=True) != json.dumps(first[name], sort_keys=True):
+                raise InputError(
+                    f"{parallel.place()} has {what} than the first process.",
+                    hint="Every machine needs the same packages, model, data and arguments (docs/scale.md).",
+                )
+    return key
 
 
 def hash_inputs(rows: Sequence[Row]) -> str:

@@ -4,15 +4,21 @@ python tests/team_worker.py prune FOLDER       prune tiny models in several ways
 python tests/team_worker.py recover FOLDER     train a tiny student; each process writes its weights
 python tests/team_worker.py die ARGUMENTS...   run the command line; the second process is killed in the scores
 python tests/team_worker.py die-in-recovery ARGUMENTS...   likewise, in recovery, when a checkpoint has been written
+python tests/team_worker.py each FOLDER,... ARGUMENTS...   run the command line in these folders; print the exit codes
+python tests/team_worker.py cut-off FOLDER ARGUMENTS...    run the command line; the second process tells when it is in
+                                               the scores, and waits there until somebody has cut the connection
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from functools import reduce
 from itertools import count
 from pathlib import Path
@@ -26,7 +32,7 @@ from models_tiny import tiny_model, tiny_rows
 from safetensors.torch import save_file
 from sweeps_tiny import ragged_plan
 
-from deploy_prune import parallel, prune
+from deploy_prune import hosts, parallel, prune
 from deploy_prune.cli import invoke
 from deploy_prune.costs import Budget
 from deploy_prune.depth import Depth
@@ -79,33 +85,57 @@ def recover_one(folder: Path) -> None:
     (folder / f"record-{parallel.rank()}.json").write_text(json.dumps(record, default=float))
 
 
-DEATHS: dict[str, tuple[str, str, int]] = {  # what the second process does not survive: module, name, which call
+MOMENTS: dict[str, tuple[str, str, int]] = {  # when it happens to the second process: module, name, which call
     "die": ("deploy_prune.criteria.obs", "eliminate", 1),
+    "cut-off": ("deploy_prune.criteria.obs", "eliminate", 1),
     "die-in-recovery": ("deploy_prune.distil", "DistilTrainer.evaluate", 2),
 }
+SILENCE = 4.0  # seconds after which a machine is taken for gone
 
 
-def dies(module: str, name: str, call: int) -> None:
-    """Let a call of a function or method kill the process."""
+def before(moment: tuple[str, str, int], act: Callable[[], None]) -> None:
+    """Let something happen before a call of a function or method."""
+    module, name, call = moment
     *parents, last = name.split(".")
     owner: Any = reduce(getattr, parents, importlib.import_module(module))
     original, calls = getattr(owner, last), count(1)
 
-    def mortal(*args: Any, **kwargs: Any) -> Any:
+    def watched(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            act()
         return original(*args, **kwargs)
 
-    setattr(owner, last, mortal)
+    setattr(owner, last, watched)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for_cut(folder: Path) -> None:
+    """Tell by a file that the process is in the middle of its work, and wait for another one."""
+    (folder / "middle").touch()
+    while not (folder / "cut").exists():
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     np.random.seed(0)
-    if sys.argv[1] in DEATHS:
+    way, *words = sys.argv[1:]
+    if way in MOMENTS:
+        hosts.SILENCE = SILENCE
+        folder = Path(words.pop(0)) if way == "cut-off" else Path()
         if os.environ["RANK"] == "1":
-            dies(*DEATHS[sys.argv[1]])
-        sys.exit(invoke(sys.argv[2:]))
+            before(MOMENTS[way], (lambda: wait_for_cut(folder)) if way == "cut-off" else die)
+        sys.exit(invoke(words))
+    if way == "each":
+        codes = []
+        for name in words[0].split(","):
+            with contextlib.chdir(name):
+                codes.append(invoke(words[1:]))
+        print(json.dumps(codes))
+        sys.exit()
     with parallel.team(torch.device("cpu")):
-        {"prune": prune_all, "recover": recover_one}[sys.argv[1]](Path(sys.argv[2]))
+        {"prune": prune_all, "recover": recover_one}[way](Path(words[0]))

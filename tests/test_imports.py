@@ -21,7 +21,7 @@ FOLDERS = {
 
 # A room may import rooms of its own line and of the lines above it, never of a line below.
 LAYERS = [
-    "errors disk parallel documents signing units progress moments image_settings lengths",
+    "errors disk hosts parallel documents signing units progress moments image_settings lengths",
     "latency_table images npz bounds",
     "archs costs heads signature tasks bundle config masking modeling_sliced batches fidelity",
     "given_masks archives snippets publishing",

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,19 @@ def together(processes: int, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
 
 
-def unwatched(*words: str) -> list[subprocess.CompletedProcess[str]]:
-    """Run Python's words in two processes that nobody tells when one has ended, as torchrun would."""
+def unwatched(*words: str, folders: Sequence[Path | None] = (None, None)) -> list[subprocess.CompletedProcess[str]]:
+    """Run Python's words in two processes that nobody tells when one has ended, as torchrun would.
+
+    Each may have a working folder of its own: one machine's disk, of which the other knows nothing.
+    """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     command, started = [sys.executable, *words], []
-    for rank in ("0", "1"):
-        environment = {**ENVIRONMENT, **meeting, "RANK": rank, "LOCAL_RANK": rank}
-        started.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
+    for rank, folder in enumerate(folders):
+        environment = {**ENVIRONMENT, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=environment, cwd=folder, **pipes))
     try:
         said = [process.communicate(timeout=300) for process in started]
         return [subprocess.CompletedProcess(command, p.returncode, *s) for p, s in zip(started, said, strict=True)]
@@ -118,24 +121,28 @@ def test_a_killed_process_ends_the_run_and_the_next_one_goes_on(tmp_path: Path) 
     assert kept_files(out) == 0
 
 
-def test_a_process_that_dies_in_recovery_is_told_and_its_checkpoint_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("disks", [1, 2])
+def test_a_process_that_dies_in_recovery_is_told_and_its_checkpoint_goes_on(disks: int, tmp_path: Path) -> None:
     """The trainer's own exchange of gradients meets the closed connection."""
-    checkpoint(tmp_path / "model", num_hidden_layers=2)
-    data(tmp_path / "data", train=160)
-    words = ["prune", str(tmp_path / "model"), "--task", "text-classification", "--data", str(tmp_path / "data")]
-    words += ["--recover-epochs", "2", "--out", str(tmp_path / "b")]
-    survivor, killed = unwatched(str(WORKER), "die-in-recovery", *words)
+    folders = [tmp_path / "1", tmp_path / str(disks)]
+    for folder in folders[:disks]:
+        checkpoint(folder / "model", num_hidden_layers=2)
+        data(folder / "data", train=160)
+    words = ["prune", "./model", "--task", "text-classification", "--data", "./data"]
+    words += ["--recover-epochs", "2", "--out", "b"]
+    survivor, killed = unwatched(str(WORKER), "die-in-recovery", *words, folders=folders)
     assert killed.returncode == -signal.SIGKILL
     said = " ".join(survivor.stderr.split())
     assert survivor.returncode == 4, said
     assert "Process 1 of 2 lost another process" in said
     assert "Run it again: what is finished is kept and used." in said
-    assert list((tmp_path / ".b.recovery" / "recover").glob("checkpoint-*"))
-    again = together(2, "-m", "deploy_prune", *words)
-    assert again.returncode == 0, again.stderr
-    bundle = Bundle.open(tmp_path / "b")
+    assert list((folders[0] / ".b.recovery" / "recover").glob("checkpoint-*"))
+    for again in unwatched("-m", "deploy_prune", *words, folders=folders):
+        assert again.returncode == 0, again.stderr
+    bundle = Bundle.open(folders[0] / "b")
     assert {"calibrate", "score", "search", "compensate"} <= set(stages_of(bundle))
     assert next(s for s in bundle.manifest.stages if s.name == "recover").model_dump()["resumed"]
+    assert disks == 1 or sorted(p.name for p in folders[1].iterdir()) == ["data", "model"], "nothing is left there"
 
 
 def test_only_a_lost_connection_is_told_as_a_lost_process() -> None:
@@ -157,6 +164,7 @@ def test_a_process_sends_from_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "set_device", done.append)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: done.append(backend))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("end"))
+    monkeypatch.setattr(parallel, "_set_pg_timeout", lambda timeout: None)
     own = torch.device("cuda", 1)
     with parallel.team(own):
         assert done == [own, "nccl"], "before the processes meet"

@@ -32,7 +32,7 @@ from deploy_prune.latency_table import KindTable, LatencyTable
 from deploy_prune.progress import Progress, Silent
 from deploy_prune.stages import Options
 from deploy_prune.sweep import Sweep, SweepSettings, run_sweep
-from deploy_prune.sweep.cluster import _LOCAL, _QUIET, bench_options, connected
+from deploy_prune.sweep.cluster import _LOCAL, _QUIET, Patience, bench_options, connected
 from deploy_prune.sweep.driver import Bench, Driver
 
 pytest.importorskip("pyarrow", reason="the extra sweep is not installed")
@@ -394,6 +394,38 @@ def test_a_labelled_node_that_leaves_is_the_reason(moment: str, place: Place, cl
     assert reasons == {f"No node of the Ray cluster has the label '{label}' any more."}
     assert len(sweep.rows) == 2
     assert all(row["plan_hash"] for row in sweep.rows), "the cells are there"
+
+
+def test_jobs_do_not_wait_for_ever_for_a_node_when_the_last_has_left(
+    place: Place, cluster: Any, tmp_path: Path
+) -> None:
+    settings = place.settings(threads=3, compensate=["none"])  # the other nodes have no three CPUs
+    node = cluster.add_node(num_cpus=3)
+    watching = Watching(tmp_path / "cells", lambda result: cluster.remove_node(node))
+    with pytest.raises(SystemStateError, match=r"had 3 CPUs for 0\.05 minutes") as caught:
+        run_sweep(settings, tmp_path, wait_minutes=0.05, reporter=watching)
+    assert "the same command goes on behind what is finished" in caught.value.hint
+    assert 0 < len(list((tmp_path / "cells").iterdir())) < 4
+    told = [note for note in watching.notes if note.startswith("No node of the Ray cluster has 3 CPUs any more")]
+    assert len(told) == 1
+    assert "unfinished job(s) wait. If none comes, the sweep ends in 0.05 minutes" in told[0]
+
+
+def test_a_node_that_comes_in_time_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, free, clock = Watching(Path(), None), [0, 0, 2, 0, 0, 0], [0.0, 50.0, 70.0, 80.0, 139.0, 141.0]
+    monkeypatch.setattr("deploy_prune.sweep.cluster.room", lambda threads, device: free.pop(0))
+    monkeypatch.setattr("time.monotonic", lambda: clock[-len(free) - 1])
+    patience = Patience(1, "cuda", minutes=1.0, reporter=said)
+    for _ in range(5):
+        patience.look(7)
+    assert [note.split(":")[0] for note in said.notes] == [
+        "No node of the Ray cluster has 1 CPU and a GPU any more",
+        "The Ray cluster has a node for the jobs again.",
+        "No node of the Ray cluster has 1 CPU and a GPU any more",
+    ]
+    with pytest.raises(SystemStateError, match="for 1 minutes: 7 unfinished"):
+        patience.look(7)
+    patience.look(0)
 
 
 def test_nothing_is_measured_beside_cells_on_the_same_node(

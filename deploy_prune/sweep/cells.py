@@ -11,8 +11,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..bundle import sha256_file
 from ..config import ALLOW_CODE, ALLOW_PICKLE
+from ..disk import sha256_file
 from .settings import SweepSettings
 
 PACKAGE = Path(__file__).resolve().parents[1]

@@ -7,11 +7,14 @@ import os
 import secrets
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError, MissingExtraError, SystemStateError
+from ..progress import Reporter
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -25,6 +28,7 @@ _LOCAL = {
     "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else Ray writes one into the user's home
 }
 SECONDS_TO_ANSWER = 5.0
+WAIT_MINUTES = 10.0  # for a node that jobs can run on, when the last one has left
 
 
 @contextmanager
@@ -109,16 +113,76 @@ def alive() -> list[Mapping[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def node_id() -> str | None:
+    """Return Ray's id of the node that this process runs on; None outside Ray."""
+    import ray
+
+    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
+
+
+def alive_ids() -> set[str]:
+    """Return the ids of the nodes that are there."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def room(threads: int, device: str) -> int:
+    """Return how many jobs of so many threads the nodes that are there can run at once."""
+    nodes = alive()
+    found = [int(n.get("CPU", 0)) // threads for n in nodes]
+    if device == "cuda":
+        found = [min(r, int(n.get("GPU", 0))) for r, n in zip(found, nodes, strict=True)]
+    return sum(found)
+
+
+def needs(threads: int, device: str) -> str:
+    """Say what a job needs of a node."""
+    return f"{threads} CPU{'s' * (threads > 1)}" + (" and a GPU" if device == "cuda" else "")
+
+
 def capacity(threads: int, device: str) -> int:
     """Return how many jobs of so many threads run at once. Raises InputError where no node can run one."""
-    nodes = alive()
-    room = [int(n.get("CPU", 0)) // threads for n in nodes]
-    if device == "cuda":
-        room = [min(r, int(n.get("GPU", 0))) for r, n in zip(room, nodes, strict=True)]
-    if not sum(room):
-        what = f"{threads} CPUs" + (" and a GPU" if device == "cuda" else "")
-        raise InputError(f"No node of the Ray cluster has {what}.", hint="Lower threads, or choose another device.")
-    return sum(room)
+    if not (found := room(threads, device)):
+        raise InputError(
+            f"No node of the Ray cluster has {needs(threads, device)}.",
+            hint="Lower threads, or choose another device.",
+        )
+    return found
+
+
+@dataclass
+class Patience:
+    """Bear with a cluster in which no node can run jobs any more: Ray itself would wait for ever, and say nothing."""
+
+    threads: int
+    device: str
+    minutes: float
+    reporter: Reporter
+    since: float | None = None  # of the clock that never jumps; when the last node was missed first
+
+    def look(self, jobs: int) -> None:
+        """Look whether any of so many unfinished jobs can run, and tell when that changes.
+
+        Raises SystemStateError where none could for all of the minutes.
+        """
+        if not jobs or room(self.threads, self.device):
+            if jobs and self.since is not None:
+                self.reporter.note("The Ray cluster has a node for the jobs again.")
+            self.since = None
+            return
+        now, what = time.monotonic(), needs(self.threads, self.device)
+        if self.since is None:
+            self.since = now
+            self.reporter.note(
+                f"No node of the Ray cluster has {what} any more: {jobs} unfinished job(s) wait. "
+                f"If none comes, the sweep ends in {self.minutes:g} minutes (--wait-minutes)."
+            )
+        if now - self.since >= 60 * self.minutes:
+            raise SystemStateError(
+                f"No node of the Ray cluster had {what} for {self.minutes:g} minutes: {jobs} unfinished job(s) waited.",
+                hint="Start one (ray start --address ...); then the same command goes on behind what is finished.",
+            )
 
 
 def check_labels(labels: tuple[str, ...]) -> None:

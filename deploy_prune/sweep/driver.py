@@ -5,13 +5,13 @@ from __future__ import annotations
 import socket
 import time
 from collections import Counter, deque
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..progress import Progress, Reporter
 from .cells import Cell, Job, code_hash, digest, expand, files_name, job_spec, jobs_of
-from .cluster import bench_options, gone
+from .cluster import WAIT_MINUTES, Patience, alive_ids, bench_options, gone
 from .settings import SweepSettings
 from .store import Store
 
@@ -24,12 +24,13 @@ AHEAD = 1  # events that the driver has not read: more, and it could not tell in
 
 @dataclass
 class Running:
-    """Hold a job at work: which of its cells are still to come, and when it was handed over."""
+    """Hold a job at work: which of its cells are still to come, when it was handed over, and the node that took it."""
 
     job: Job
     left: dict[int, Cell]
     since: float
     loaded: bool = False
+    node: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,15 @@ class Driver:
     store: Store
     workers: int
     reporter: Reporter
+    wait_minutes: float = WAIT_MINUTES
     results: dict[int, dict[str, Any]] = field(default_factory=dict)  # by cell: key and result, or reason
     benches: dict[Bench, dict[str, Any]] = field(default_factory=dict)
     restarts: int = 0
     reused: int = 0
 
     def __post_init__(self) -> None:
+        s = self.settings
+        self.patience = Patience(s.threads, s.device, self.wait_minutes, self.reporter)
         self.cells = expand(self.settings)
         self.jobs = jobs_of(self.cells)
         self.known, self.measured = self.store.results("cells"), self.store.results("bench")
@@ -69,10 +73,11 @@ class Driver:
         self._dense: tuple[str, Any] = ("", None)
 
     def run(self) -> None:
-        """Go on until every cell has a result or a reason."""
+        """Go on until every cell has a result or a reason. Raises SystemStateError where no node is left for jobs."""
         import ray
 
         with ExitStack() as stack:
+            stack.callback(self._cancel)
             cells = stack.enter_context(self.reporter.stage("cells"))
             bench = stack.enter_context(self.reporter.stage("bench")) if self.settings.bench_runtimes else _nowhere
             while True:
@@ -83,9 +88,20 @@ class Driver:
                 ready, _ = ray.wait(handles, num_returns=1, timeout=POLL_SECONDS)
                 for handle in ready:
                     self._take(handle)
+                self._leave_lost_jobs()
                 self._show(cells, bench)
+                self.patience.look(len(self.queue) + len(self.running))
         if self.settings.bench_runtimes and not any("reason" in found for found in self.benches.values()):
             self.store.drop_models()
+
+    def _cancel(self) -> None:
+        """Take back what is at work, or waits for a node: after an error nobody would read it."""
+        import ray
+        from ray.exceptions import RayError
+
+        for handle in [*self.running, *self.measuring]:
+            with suppress(RayError):
+                ray.cancel(handle, force=True)
 
     def _show(self, cells: Progress, bench: Progress) -> None:
         cells(len(self.results) / len(self.cells))
@@ -150,6 +166,8 @@ class Driver:
 
     def _event(self, run: Running, event: dict[str, Any]) -> None:
         match event["event"]:
+            case "begun":
+                run.node = event["node"]
             case "loaded":
                 run.loaded = True
             case "refused":
@@ -202,6 +220,18 @@ class Driver:
             entry = self.settings.entries[run.job.entry]
             self.reporter.note(f"A worker was lost; {len(run.left)} cells of {entry.label} are handed over again.")
             self.queue.appendleft(Job(run.job.entry, run.job.seed, tuple(run.left.values())))
+
+    def _leave_lost_jobs(self) -> None:
+        """Hand over again the jobs of nodes that are gone: of one that was cut off Ray itself says so much later."""
+        import ray
+
+        there = alive_ids()
+        for handle, run in list(self.running.items()):
+            if run.node is None or run.node in there or ray.wait([handle], timeout=0)[0]:
+                continue  # or it has still told something
+            ray.cancel(handle, force=True)
+            self._end(handle)
+            self._crashed(run, ConnectionError("its node has left the Ray cluster"))
 
     # Measuring.
 

@@ -29,6 +29,7 @@ from ..resolving import check_length, check_rows, is_label_free, resolve
 from ..resume import hash_inputs, hash_state, run_key
 from ..stages import Options, PrunedPlan
 from .cells import Cell, code_hash, digest, files_name
+from .cluster import node_id
 from .settings import Entry, SweepSettings
 
 FORMAT = 1  # raised when a cell's result has other columns
@@ -39,10 +40,11 @@ STAGES = ("calibrate", "score", "search", "rearrange", "compensate")
 def run_job(spec: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Compute a job's cells; yield {"event": ...} as plain values.
 
-    "loaded" once, with pid and host; then for each cell by its "number" either "known" with the key of a result that
-    the driver has, "cell" with key, result and perhaps files to be measured, or "failed" with the reason. "refused"
-    with the reason stands for the whole job.
+    "begun" at once, with Ray's id of the node; "loaded" once, with pid and host; then for each cell by its "number"
+    either "known" with the key of a result that the driver has, "cell" with key, result and perhaps files to be
+    measured, or "failed" with the reason. "refused" with the reason stands for the whole job.
     """
+    yield {"event": "begun", "node": node_id()}
     settings = SweepSettings.model_validate(spec["settings"])
     for name, value in spec["environment"].items():
         if value is not None:

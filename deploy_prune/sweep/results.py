@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..bundle import disk_errors, write_atomically
+from ..disk import disk_errors, write_atomically
 from ..errors import MissingExtraError, VerdictError
 from ..runtime_bench.stats import half_width
 from .settings import SweepSettings

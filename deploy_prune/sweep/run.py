@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from ..bundle import disk_errors, locked
 from ..config import DEMO_MODELS
+from ..disk import disk_errors, locked
 from ..errors import InputError
 from ..progress import Reporter, Silent
 from ..runtime_bench.machine import usable_cores
-from .cluster import capacity, check_labels, connected
+from .cluster import WAIT_MINUTES, capacity, check_labels, connected
 from .driver import Driver
 from .results import Sweep, finish
 from .settings import SweepSettings
@@ -23,13 +23,15 @@ def run_sweep(
     *,
     address: str | None = None,
     workers: int | None = None,
+    wait_minutes: float = WAIT_MINUTES,
     reporter: Reporter | None = None,
 ) -> Sweep:
     """Compute every cell that `out` does not hold yet; write results.parquet, results.md and report.html there.
 
     `workers` is how many jobs run at once (default: what the cores, or the cluster, have room for). What a cell could
     not be computed for is the reason in its row. Raises InputError for settings that no cell can be computed by, and
-    SystemStateError where the cluster does not answer or another sweep writes to `out`.
+    SystemStateError where the cluster does not answer, or for `wait_minutes` has no node for the jobs any more, or
+    another sweep writes to `out`.
     """
     reporter = reporter or Silent()
     folder = Path(out)
@@ -49,7 +51,7 @@ def run_sweep(
     with locked(folder), connected(address, cpus):
         check_labels(settings.bench_on)
         room = capacity(settings.threads, settings.device)
-        driver = Driver(settings, Store(folder), min(workers or room, room), reporter)
+        driver = Driver(settings, Store(folder), min(workers or room, room), reporter, wait_minutes)
         try:
             driver.run()
         except KeyboardInterrupt:

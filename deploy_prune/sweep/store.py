@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..bundle import disk_errors, write_atomically
+from ..disk import disk_errors, write_atomically
 from ..documents import read_json
 
 
