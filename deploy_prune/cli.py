@@ -169,7 +169,8 @@ def bench(
             with locked(paths[0]):
                 opened = Bundle.open(paths[0])
                 result = bench_bundle(opened, settings, progress)
-                store_report(opened)
+                if result["measurements"]:
+                    store_report(opened)
         else:
             result, samples = bench_paths(paths, settings, progress)
             if beside is not None:

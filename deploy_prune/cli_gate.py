@@ -46,7 +46,14 @@ def gate(
       deploy-prune gate new.onnx --base old.onnx --seq 128 --junit gate.xml
     """
     from .runtime_bench.gate import gate_paths
-    from .runtime_bench.gate_report import append_history, as_markdown, draw_trend, github_annotations, write_junit
+    from .runtime_bench.gate_report import (
+        append_history,
+        as_markdown,
+        draw_trend,
+        github_annotations,
+        read_history,
+        write_junit,
+    )
 
     if trend is not None and history is None:
         raise InputError("A trend is drawn from a history.", hint="Give --history.")
@@ -54,6 +61,8 @@ def gate(
         if path is not None and find_spec(package) is None:
             raise MissingExtraError(package, "ci")
     make_room(junit, out, history, trend)
+    if trend is not None and history is not None and history.is_file():
+        read_history(history)  # what a figure cannot be drawn from is told before measuring
     with screen.Bars() as bars, bars.stage("gate") as progress:
         verdict = gate_paths(new, settings, progress)
     name = new.name

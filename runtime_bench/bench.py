@@ -56,13 +56,14 @@ def bench_bundle(
 ) -> dict[str, Any]:
     """Measure a committed bundle's models and store the result as bench/*.json and *.npz; the caller commits.
 
-    Lengths default to the budget's. The result replaces an older one of the same settings. Raises InputError
-    for an unknown runtime or model.
+    Lengths default to the budget's. The result replaces an older one of the same settings; where nothing could be
+    measured the bundle stays as it was. Raises InputError for an unknown runtime or model.
     """
     settings = _at_length(settings or BenchSettings(), bundle)
     subjects = bundle_subjects(bundle, settings.models or (*VARIANTS, *_lower_precisions(bundle)))
     result, samples = bench(subjects, settings, progress, leave_out=None if settings.models else without_file)
-    store_result(bundle, result, samples)
+    if result["measurements"]:
+        store_result(bundle, result, samples)
     return result
 
 

@@ -70,6 +70,7 @@ class Verdict:
     clock: Clock | None
     machine: dict[str, Any]
     place: dict[str, Any]
+    models: dict[str, str | None]  # the paths of "new" and "base"
     seconds: float
     created: str
 
@@ -129,6 +130,7 @@ def judge(
             clock=clock,
             machine=machine,
             place=asdict(place),
+            models={NEW: new.path, BASE: None if base is None else base.path},
             seconds=time.monotonic() - begun,
             created=datetime.now(UTC).isoformat(),
         )
@@ -306,6 +308,9 @@ def gate_paths(new: Path, settings: GateSettings, progress: Progress = lambda sh
     base = Path(settings.base) if settings.base is not None else None
     if base is None and {settings.max_latency_ms, settings.max_bytes} == {None}:
         raise InputError("Nothing to check.", hint="Give --base, --max-latency-ms or --max-bytes.")
+    for name in ("max_slowdown", "max_memory", "max_quality_loss"):
+        if base is None and name in settings.model_fields_set and getattr(settings, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} compares with a base.", hint="Give --base.")
     if base is not None and (new.suffix == ".onnx") != (base.suffix == ".onnx"):
         raise InputError("Bundles and ONNX files cannot be compared.", hint="Name the ONNX file inside the bundle.")
     if new.suffix == ".onnx":
@@ -318,12 +323,13 @@ def gate_paths(new: Path, settings: GateSettings, progress: Progress = lambda sh
     else:
         check_runtime(settings.runtime, files=False)
         bundles = [Bundle.open(path) for path in (new, base) if path is not None]
+        if len({bundle.manifest.task.get("name") for bundle in bundles}) > 1:
+            tasks = " and ".join(str(bundle.manifest.task.get("name")) for bundle in bundles)
+            raise InputError(f"The two models are of two tasks, {tasks}.", hint="Name a base of the same task.")
         subjects = [bundle_subjects(bundle, [settings.model])[0] for bundle in bundles]
         place = _place(settings, int(bundles[0].manifest.budget.get("seq_len", FILE_LENGTH)))
         quality = None
         if settings.max_quality_loss is not None:
-            if base is None:
-                raise InputError("--max-quality-loss compares with a base.", hint="Give --base.")
             limit = settings.max_quality_loss
             quality = check_quality(bundles[0], bundles[1], settings.model, settings.runtime, limit)
     size = None

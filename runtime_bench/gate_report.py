@@ -43,7 +43,9 @@ def as_markdown(verdict: Verdict, name: str) -> str:
     place, machine = verdict.place, verdict.machine
     lines = [f"### Latency gate, {name}: {MARKS[verdict.outcome]}", "", "| check | | found |", "|---|---|---|"]
     lines += [f"| {c.name} | {MARKS[c.outcome]} | {c.text} |" for c in verdict.checks]
-    lines += ["", f"{place_title(place)}; {machine['cpu']}, load {machine['load_1min']:.1f}; {verdict.seconds:.0f} s."]
+    base = f"Base: {verdict.models['base']}. " if verdict.models["base"] else ""
+    where = f"{place_title(place)}; {machine['cpu']}, load {machine['load_1min']:.1f}; {verdict.seconds:.0f} s."
+    lines += ["", base + where]
     return "\n".join(lines) + "\n"
 
 
@@ -65,6 +67,7 @@ def append_history(verdict: Verdict, name: str, path: Path) -> None:
     entry = {
         "created": verdict.created,
         "name": name,
+        **verdict.models,
         "outcome": verdict.outcome,
         "cpu": verdict.machine["cpu"],
         "load_1min": verdict.machine["load_1min"],

@@ -255,6 +255,23 @@ def test_a_check_says_the_sessions_and_the_clock_that_decided_it() -> None:
     assert (latency.details["sessions"], latency.details["clock"]) == (24, "wall")
 
 
+def test_models_of_two_tasks_are_not_compared(bundle: Bundle, tmp_path: Path) -> None:
+    """A classifier of images once passed against one of texts."""
+    shutil.copytree(bundle.root, tmp_path / "b")
+    other = Bundle.open(tmp_path / "b")
+    other.manifest.task["name"] = "digits"
+    other.commit()
+    with pytest.raises(InputError, match="of two tasks"):
+        gate_paths(other.root, GateSettings(base=str(bundle.root)))
+
+
+@pytest.mark.parametrize("limit", ["max_slowdown", "max_memory", "max_quality_loss"])
+def test_a_limit_that_needs_a_base_is_not_passed_over(bundle: Bundle, limit: str) -> None:
+    """`--max-slowdown` without a base was once ignored."""
+    with pytest.raises(InputError, match=f"--{limit.replace('_', '-')} compares with a base"):
+        gate_paths(bundle.root, GateSettings(max_bytes=1000, **{limit: 1.0}))
+
+
 def test_a_base_that_differs_from_itself_gives_no_verdict() -> None:
     """The A/A check: two processes of one model that surely differ by more than is allowed."""
     measure = sessions(1.5, 0.003)
@@ -366,6 +383,11 @@ def test_what_cannot_be_written_is_told_before_measuring(
     bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deploy_prune.runtime_bench.gate.judge", lambda *_: pytest.fail("it measured"))
+    monkeypatch.setattr("deploy_prune.cli_gate.find_spec", lambda package: None)
+    (tmp_path / "h.jsonl").write_text("{}\n")
+    trend = ["--history", str(tmp_path / "h.jsonl"), "--trend", str(tmp_path / "t.svg")]
+    monkeypatch.setattr("deploy_prune.cli_gate.find_spec", lambda package: True)
+    assert invoke(["gate", str(bundle.root), "--max-bytes", "9", *trend]) == 2  # it once lost the verdict
     monkeypatch.setattr("deploy_prune.cli_gate.find_spec", lambda package: None)
     assert invoke(["gate", str(bundle.root), "--max-bytes", "9", "--junit", str(tmp_path / "g.xml")]) == 3
     assert "'junitparser', which is not installed" in " ".join(capsys.readouterr().err.split())
