@@ -92,7 +92,7 @@ def test_the_page_asks_for_the_token(browser: Any, bundles: dict[str, Path]) -> 
         page.close()
 
 
-def test_an_image_is_answered(browser: Any, tmp_path: Path) -> None:
+def test_an_image_is_answered(browser: Any, bundles: dict[str, Path], tmp_path: Path) -> None:
     bundle, models = make_bundle(tmp_path / "vit", "vit")
     export_bundle(bundle, formats=["onnx"], variants=("sliced",), models=models).check()
     bundle.commit()
@@ -108,5 +108,19 @@ def test_an_image_is_answered(browser: Any, tmp_path: Path) -> None:
         page.click("button")
         page.wait_for_selector(".model .label")
         assert not page.locator("#text").is_visible()
+        page.close()
+    assert trouble == []
+    with running({"texts": bundles["classification"], "vit": bundle.root}) as server:  # the texts were once hidden
+        page = open_page(browser, trouble)
+        page.goto(f"http://127.0.0.1:{server.port}/")
+        page.wait_for_selector("#file", state="visible")
+        page.fill("#text", "a fine film")
+        page.click("button")
+        page.wait_for_selector(".model .label")
+        assert page.locator(".model h2").all_text_contents() == ["texts"]
+        page.set_input_files("#file", str(tmp_path / "red.png"))
+        page.click("button")
+        page.wait_for_selector(".model:nth-child(2) .label")
+        assert page.locator(".model h2").all_text_contents() == ["texts", "vit"]
         page.close()
     assert trouble == []
