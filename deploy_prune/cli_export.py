@@ -143,6 +143,11 @@ def _export(opened: Bundle, settings: ExportSettings, variants: list[Variant], d
 
 def _server(settings: ExportSettings, out: Path | None, storage: str | None) -> str | None:
     """Return the server to write for, or None. Raises InputError for what does not go together."""
+    from .export import available_exporters
+
+    known = [*available_exporters(), *SERVERS, "auto"]
+    if unknown := [f for f in settings.formats if f not in known]:
+        raise InputError(f"No format '{unknown[0]}'.", hint=f"There are: {', '.join(sorted(known))}.")
     servers = [f for f in settings.formats if f in SERVERS]
     if not servers:
         return None

@@ -57,6 +57,8 @@ def gate(
 
     if trend is not None and history is None:
         raise InputError("A trend is drawn from a history.", hint="Give --history.")
+    if trend is not None and trend.suffix not in (".svg", ".png"):
+        raise InputError(f"A trend is drawn as SVG or PNG, not {trend.suffix or trend.name!r}.", hint="Name trend.svg.")
     for path, package in ((junit, "junitparser"), (trend, "matplotlib")):
         if path is not None and find_spec(package) is None:
             raise MissingExtraError(package, "ci")

@@ -31,8 +31,11 @@ def keygen(
     """
     from . import screen, signing
 
-    public = signing.make_key(out, _password(True))
+    password = _password(True)
+    public = signing.make_key(out, password)
     screen.out.print(str(public), soft_wrap=True, highlight=False, markup=False)
+    if not password:
+        screen.err.print(f"{out} is not encrypted: whoever reads it can sign.", soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -43,6 +43,9 @@ class Bars:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        for task in self.progress.tasks:  # above an error, a bar that nothing was done of says nothing
+            if exc[0] is not None and not task.completed:
+                self.progress.update(task.id, visible=False)
         self.progress.stop()
 
     @contextmanager

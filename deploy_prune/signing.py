@@ -54,7 +54,10 @@ def read_secret_key(path: Path, ask: Callable[[], str | None] = lambda: None) ->
                 raise InputError(f"The key {path} needs its password.", hint="Set DEPLOY_PRUNE_KEY_PASSWORD.")
             key.decrypt(password)
     except (OSError, minisign.Error) as error:
-        raise InputError(f"{path} cannot be used as a secret key: {error}.") from error
+        raise InputError(
+            f"{path} cannot be used as a secret key: {_reason(error)}.",
+            hint="deploy-prune keygen, or minisign -G, makes one.",
+        ) from error
     return key
 
 
@@ -65,9 +68,13 @@ def read_public_key(path: Path) -> PublicKey:
         key: PublicKey = minisign.PublicKey.from_file(path)
     except (OSError, minisign.Error) as error:
         raise InputError(
-            f"{path} is no public key: {error}.", hint="deploy-prune keygen, or minisign -G, makes one."
+            f"{path} is no public key: {_reason(error)}.", hint="deploy-prune keygen, or minisign -G, makes one."
         ) from error
     return key
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def sign_manifest(root: Path, key: SecretKey) -> Path:

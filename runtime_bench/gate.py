@@ -239,7 +239,7 @@ def time_check(
 ) -> Check:
     """Say whether the new model is slower than allowed; undecided passes only where the gate could have seen it."""
     unit, needed = ("times" if name == "slowdown" else "ms"), limit * (1 + resolution)
-    seen = f"{found.visible:.4g} would have been seen"
+    seen = f"{found.visible:.4g} {unit} would have been seen 9 times in 10"
     of_what = f" the base's {clock} time" if name == "slowdown" else ""
     said = f"{found.value:.4g} {unit}{of_what} ({found.low:.4g} to {found.high:.4g}, {sessions} sessions)"
     said += f"; allowed {limit:g}"

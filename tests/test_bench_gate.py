@@ -119,7 +119,7 @@ def judged(measure: Callable[[float], Session], base: Subject | None = MODEL, **
         (1.0, 0.003, "passed", "times the base's wall time", 4),
         (1.1, 0.003, "failed", "allowed 1.02", 4),
         (1.02, 0.01, "passed", "Nothing beyond the limit was found", 24),
-        (1.0, 0.3, "too noisy", "would have been seen, not 1.051", 24),
+        (1.0, 0.3, "too noisy", "would have been seen 9 times in 10, not 1.051", 24),
         (1.06, 0.1, "too noisy", "too noisy to tell", 24),
     ],
 )
@@ -430,6 +430,7 @@ def test_bad_settings_are_refused(bundle: Bundle, tmp_path: Path, capsys: pytest
         ([root, "--base", root, "--model", "virtual", "--max-quality-loss", "1"], "no measured quality of virtual"),
         ([root, "--max-bytes", "9", "--runtime", "torch"], "opens no exported file"),
         ([root, "--max-bytes", "9", "--trend", "t.svg"], "drawn from a history"),
+        ([root, "--max-bytes", "9", "--trend", "t.jpg", "--history", "h"], "SVG or PNG, not '.jpg'"),
         ([root, "--max-bytes", "9", "--junit", str(tmp_path)], "is a folder"),
         ([str(tmp_path / "none.onnx"), "--max-bytes", "9"], "No ONNX file"),
         ([root, "--max-bytes", "-1"], "max_bytes = '-1'"),

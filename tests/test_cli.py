@@ -206,6 +206,22 @@ def test_interrupt_leaves_everything_as_it_was(
     assert [p.name for p in published.out.parent.iterdir() if "staging" in p.name] == []
 
 
+def test_above_an_error_only_bars_that_got_somewhere_are_left() -> None:
+    shown = {}
+
+    def fail(bars: screen.Bars, share: float) -> None:
+        with bars, bars.stage("export") as progress:
+            progress(share)
+            raise ValueError("bad")
+
+    for share in (0.0, 0.5):
+        bars = screen.Bars()
+        with pytest.raises(ValueError, match="bad"):
+            fail(bars, share)
+        shown[share] = [task.visible for task in bars.progress.tasks]
+    assert shown == {0.0: [False], 0.5: [True]}
+
+
 def test_full_disk(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     mount = place.root / "small"
     mount.mkdir()

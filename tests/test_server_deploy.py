@@ -126,7 +126,7 @@ def test_kserve(bundle: Bundle, tmp_path: Path) -> None:
     assert container["args"][0] == "my-model=/mnt/models"
     assert container["readinessProbe"]["httpGet"]["path"] == "/v2/health/ready"
     with pytest.raises(InputError, match="no name for Kubernetes"):
-        inference_service(bundle, image="x", storage="y", name="-")
+        inference_service(bundle, image="x", storage="s3://y", name="-")
 
 
 def test_what_is_not_exported_is_refused(bundle: Bundle, tmp_path: Path) -> None:
@@ -153,6 +153,8 @@ def test_the_command_exports_what_a_server_needs(tmp_path: Path) -> None:
         (["--format", "triton"], "Say where triton goes"),
         (["--format", "kserve", "--out", "x.yaml"], "where the cluster finds"),
         (["--format", "triton,onnx", "--out", "x"], "written alone"),
+        (["--format", "kserve", "--out", "x.yaml", "--storage", "models"], "'models' is no URI"),
+        (["--format", "foo"], "No format 'foo'(.|\n)*kserve, .*triton"),
     ],
 )
 def test_what_a_server_lacks_is_said(bundle: Bundle, flags: list[str], said: str) -> None:

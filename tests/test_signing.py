@@ -98,11 +98,24 @@ def test_keys_with_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert Bundle.open(root, public_key=tmp_path / "a.key.pub")
 
 
+def test_a_key_without_a_password_is_made_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DEPLOY_PRUNE_KEY_PASSWORD", "")
+    assert invoke(["keygen", "--out", str(tmp_path / "a.key")]) == 0
+    assert "is not encrypted" in capsys.readouterr().err
+    monkeypatch.setenv("DEPLOY_PRUNE_KEY_PASSWORD", "a password")
+    assert invoke(["keygen", "--out", str(tmp_path / "b.key")]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_files_that_are_no_keys(tmp_path: Path) -> None:
     root = exported_bundle(tmp_path).root
     (tmp_path / "x").write_bytes(b"\xff\n\xff")
     with pytest.raises(InputError, match="secret key"):
         read_secret_key(tmp_path / "x")
+    with pytest.raises(InputError, match=r"none cannot be used as a secret key: No such file or directory\."):
+        read_secret_key(tmp_path / "none")
     with pytest.raises(InputError, match="public key"):
         Bundle.open(root, public_key=tmp_path / "x")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ def inference_service(
     cpus: str = "2",
     memory: str = "1Gi",
 ) -> dict[str, Any]:
-    """Return the manifest. Raises InputError where the bundle lacks the file, or the name is none for Kubernetes."""
+    """Return the manifest.
+
+    Raises InputError where the bundle lacks the file, the name is none for Kubernetes, or the storage no URI.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://\S+", storage):
+        raise InputError(f"{storage!r} is no URI that KServe loads from.", hint="Give --storage as s3://bucket/bundle.")
     name = (name or bundle.root.resolve().name).lower().replace("_", "-").replace(".", "-")
     if not name or len(name) > 63 or not all(c.isalnum() or c == "-" for c in name) or "-" in (name[0], name[-1]):
         raise InputError(f"{name!r} is no name for Kubernetes.", hint="Use lower-case letters, digits and '-'.")
