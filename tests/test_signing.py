@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import stat
 import subprocess
@@ -64,7 +65,11 @@ def test_whatever_was_changed_is_refused(signed: tuple[Path, Path]) -> None:
         Bundle.open(root, public_key=public)
 
 
-def test_another_key_is_refused(signed: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_key_is_refused(
+    signed: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("handlers", []), ("level", logging.root.level)):
+        monkeypatch.setattr(logging.root, name, value)  # serve sets them for a process of its own
     root, _ = signed
     other = make_key(tmp_path / "b.key")
     with pytest.raises(BundleError, match="not signed by the key"):
