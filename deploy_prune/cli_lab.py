@@ -15,7 +15,7 @@ from .flags import Json, numbers, shares
 app = typer.Typer()
 
 EXPERIMENT_NAMES = (
-    "ablation, tradeoff, latency, structure, criteria, successors, steps, samples, parity, flops, unstructured,"
+    "ablation, tradeoff, latency, structure, depth, criteria, successors, steps, samples, parity, flops, unstructured,"
     " seconds, rival, prediction, vit, cnn or recover."
 )
 

@@ -227,6 +227,10 @@ def test_a_latency_budget_goes_by_a_measured_table(tmp_path: Path) -> None:
     (limit,) = made.manifest.budget["limits"]
     assert limit["kind"] == "latency"
     assert limit["reached"] <= limit["limit"]
+    setting = Setting(given["model"], given["task"], given["data"], (0.7,), (0,), samples=64, lut=recipe.lut)
+    (row,) = run_experiment("prediction", setting, tmp_path / "out")[0]["rows"]
+    assert row["predicted"] <= 0.7
+    assert row["relative_error"] == row["predicted"] / row["ratio_to_dense"] - 1
     other = channel_checkpoint(tmp_path / "other", "vgg")
     with pytest.raises(InputError, match="measured on another network"):
         run(load_recipe(**given | {"keep_flops": None, "model": str(other)}, keep_latency=0.9, lut=recipe.lut))

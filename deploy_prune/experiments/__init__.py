@@ -35,8 +35,9 @@ def run_experiment(
         except (FileExistsError, NotADirectoryError) as error:
             raise InputError(f"{folder} is not a folder.", hint="Choose another --out.") from error
     lab = Lab(setting, reporter)
-    if experiment.convolutional != is_convolutional(lab.model):
-        kinds = [n for n, e in EXPERIMENTS.items() if e.convolutional != experiment.convolutional]
+    channels = is_convolutional(lab.model)
+    if experiment.convolutional not in (None, channels):
+        kinds = [n for n, e in EXPERIMENTS.items() if e.convolutional in (None, channels)]
         raise InputError(f"The experiment {name} is for another kind of model.", hint=f"Use {', '.join(kinds)}.")
     rows: list[dict[str, Any]] = []
     partial = folder / f"{stem}.partial.json"

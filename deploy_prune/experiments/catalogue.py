@@ -24,7 +24,7 @@ class Experiment:
     by: tuple[str, ...]
     columns: tuple[str, ...]
     figure: tuple[str, str, str] | None = None
-    convolutional: bool = False  # of channels, not of heads and neurons
+    convolutional: bool | None = False  # of channels, not of heads and neurons; None: of either
 
 
 _SPEED = ("ratio_to_dense", "ratio_low", "ratio_high")
@@ -58,6 +58,13 @@ EXPERIMENTS = {
         (*QUALITY, "kept_flops", *_SPEED, "infeasible_below"),
         ("ratio_to_dense", "value", "method"),
     ),
+    "depth": Experiment(
+        "Layers and sub-layers left out, at equal FLOPs",
+        speed.depth,
+        ("keep", "method"),
+        (*QUALITY, "kept_flops", "kept_params", *_SPEED, "infeasible_below"),
+        ("ratio_to_dense", "value", "method"),
+    ),
     "latency": Experiment(
         "Quality over latency",
         speed.latency,
@@ -66,7 +73,11 @@ EXPERIMENTS = {
         ("ratio_to_dense", "value", "method"),
     ),
     "prediction": Experiment(
-        "Latency by the table and measured", speed.prediction, ("keep",), ("predicted", *_SPEED, "relative_error")
+        "Latency by the table and measured",
+        speed.prediction,
+        ("keep",),
+        ("predicted", *_SPEED, "relative_error"),
+        convolutional=None,
     ),
     "criteria": Experiment("Criteria", quality.choosing, ("keep", "method", "compensate"), QUALITY),
     "samples": Experiment(

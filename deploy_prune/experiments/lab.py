@@ -13,11 +13,11 @@ from torch import nn
 
 from ..calibration import sample_indices
 from ..checkpoint import input_signature, load_config, load_dense
-from ..costs import Budget, latency_table
+from ..costs import Budget, counts_of
 from ..errors import InputError
 from ..fidelity import fidelity
 from ..heads import Head
-from ..latency_table import LatencyTable, read_latency_table
+from ..latency_table import ChannelLatency, LatencyTable, LatencyTables, read_latency_table
 from ..measuring import Candidate, time_models
 from ..predict import predict
 from ..progress import Reporter, Silent
@@ -160,21 +160,20 @@ class Lab:
         return sum(p.numel() for p in self.model.parameters())
 
     @cached_property
-    def lut(self) -> LatencyTable:
-        """Return the latency table. Raises InputError when none was given."""
+    def lut(self) -> LatencyTable | ChannelLatency:
+        """Return the latency table. Raises InputError when none was given, or one of several shapes."""
         if self.setting.lut is None:
             raise InputError("This experiment needs a latency table.", hint="Make one with deploy-prune probe: --lut.")
         table = read_latency_table(self.setting.lut)
-        if not isinstance(table, LatencyTable):
-            raise InputError(
-                f"{self.setting.lut} is not a transformer's table of one shape.", hint="Probe this model at one length."
-            )
+        if isinstance(table, LatencyTables):
+            raise InputError(f"{self.setting.lut} is of several shapes.", hint="Probe this model at one length.")
         return table
 
     def predicted(self, found: PrunedPlan) -> float:
         """Return a plan's latency by the table, as a share of the dense model's."""
-        table = latency_table(found.groups, self.lut)
-        return table.cost({g.name: found.plan[g.name].count for g in found.groups}) / table.dense
+        assert self._pruner is not None  # which made the plan
+        (limit,) = self._pruner[1].limits(Budget(keep_latency=1.0, lut=self.lut), found.lengths)
+        return limit.table.cost(counts_of(found.groups, found.plan)) / limit.table.dense
 
     def whole(self) -> nn.Module:
         """Return the dense model in the form that `latency` takes."""
@@ -206,7 +205,8 @@ class Lab:
         """Return where latencies are measured."""
         s = self.setting
         if s.lut is not None:
-            return Place(self.lut.runtime, self.lut.batch, self.lut.seq, s.threads or self.lut.threads or 1)
+            seq = self.lut.seq if isinstance(self.lut, LatencyTable) else 1
+            return Place(self.lut.runtime, self.lut.batch, seq, s.threads or self.lut.threads or 1)
         seq = s.seq or int(np.ceil(np.mean([r.length for r in self.pruner(s.seeds[0]).rows])))
         return Place(s.runtime, s.batch, seq, s.threads or default_threads())
 

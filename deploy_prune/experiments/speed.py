@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..costs import Budget
+from ..depth import Depth
 from ..errors import InfeasibleBudgetError
 from ..finetune import Learner, Recipe
 from ..stages import Options
@@ -36,19 +37,41 @@ def structure(lab: Lab) -> Rows:
             "heads and neurons": DEFAULT,
             "whole sub-layers": Options(min_heads=0, min_neurons=0, align=widest),
         }
-        rows: list[dict[str, Any]] = []
-        models = {}
-        for way, options in ways.items():
-            try:
-                found, sliced = lab.prune(keep, seed, options)
-            except InfeasibleBudgetError as error:
-                rows.append({"keep": keep, "seed": seed, "method": way, "infeasible_below": error.smallest})
-                continue
-            rows.append({"keep": keep, "seed": seed, "method": way, **lab.compare(sliced), **lab.describe(found)})
-            models[way] = sliced
-        timed = lab.latency(models)
-        for row in rows:
-            yield row | _timed(timed, row["method"])
+        yield from _side_by_side(lab, keep, seed, ways)
+
+
+def _side_by_side(lab: Lab, keep: float, seed: int, ways: dict[str, Options]) -> Rows:
+    """Prune to one budget in several ways and time what they give in turns."""
+    rows: list[dict[str, Any]] = []
+    models = {}
+    for way, options in ways.items():
+        try:
+            found, sliced = lab.prune(keep, seed, options)
+        except InfeasibleBudgetError as error:
+            rows.append({"keep": keep, "seed": seed, "method": way, "infeasible_below": error.smallest})
+            continue
+        rows.append({"keep": keep, "seed": seed, "method": way, **lab.compare(sliced), **lab.describe(found)})
+        models[way] = sliced
+    timed = lab.latency(models)
+    for row in rows:
+        yield row | _timed(timed, row["method"])
+
+
+def depth(lab: Lab) -> Rows:
+    """Layers or sub-layers left out before the widths are cut to the same share of FLOPs: quality and latency."""
+    for seed, keep in product(lab.setting.seeds, with_keeps(lab.setting.keeps, (0.7, 0.5))):
+        groups = lab.pruner(seed).groups
+        layers = 1 + max(g.layer for g in groups)
+        ways = {"widths alone": Depth()}
+        ways |= {f"{n} of {len(groups)} sub-layers": Depth(sublayers=n) for n in _few(len(groups))}
+        ways |= {f"{n} of {layers} layers": Depth(layers=n) for n in _few(layers)}
+        options = {way: replace(DEFAULT, depth=gone) for way, gone in ways.items()}
+        yield from _side_by_side(lab, keep, seed, options)
+
+
+def _few(there: int) -> list[int]:
+    """Return about an eighth and a quarter of a number, and at least 1."""
+    return sorted({max(1, round(there / 8)), max(1, round(there / 4))})
 
 
 def latency(lab: Lab) -> Rows:
