@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import parallel
 from .archs import config_of
 from .costs import Budget
-from .disk import sha256_file
+from .disk import code_hash, sha256_file
 from .errors import DeployPruneError, InputError, LostProcessError
 from .heads import Head
 from .stages import Options
@@ -162,7 +162,7 @@ def run_key(
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     lut = None if budget.lut is None else budget.lut.model_dump(mode="json")
     return {
-        "code": _hash_files(Path(__file__).parent.rglob("*.py")),
+        "code": code_hash(),
         "versions": {**versions, "python": platform.python_version()},
         "machine": [platform.system(), platform.machine(), torch.backends.cpu.get_cpu_capability(), str(device), gpu],
         "threads": torch.get_num_threads(),

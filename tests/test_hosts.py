@@ -31,9 +31,10 @@ from test_parallel import ENVIRONMENT, WORKER, unwatched
 from deploy_prune import hosts, parallel
 from deploy_prune.bundle import Bundle
 from deploy_prune.cli import invoke
+from deploy_prune.disk import code_hash
 from deploy_prune.errors import SystemStateError
 from deploy_prune.sweep import SweepSettings
-from deploy_prune.sweep.cells import code_hash, expand, job_spec, jobs_of
+from deploy_prune.sweep.cells import expand, job_spec, jobs_of
 from deploy_prune.sweep.job import limited, run_job
 
 PRUNE = ["prune", "./model", "--task", "text-classification", "--data", "./data", "--out", "b"]

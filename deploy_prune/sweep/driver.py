@@ -9,8 +9,9 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..disk import code_hash
 from ..progress import Progress, Reporter
-from .cells import Cell, Job, code_hash, digest, expand, files_name, job_spec, jobs_of
+from .cells import Cell, Job, digest, expand, files_name, job_spec, jobs_of
 from .cluster import WAIT_MINUTES, Patience, alive_ids, bench_options, gone
 from .settings import SweepSettings
 from .store import Store
