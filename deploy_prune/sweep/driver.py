@@ -139,10 +139,10 @@ class Driver:
             while waiting:
                 bench = waiting.popleft()
                 key = self._bench_key(self.results[bench.number]["key"], bench)
-                if (known := self.measured.get(key)) is None:
+                if key not in self.measured:
                     self._measure(bench)
                     break
-                self.benches[bench] = known  # of another entry's equal model, measured since
+                self.benches[bench] = self.measured[key]  # of another entry's equal model, measured since
 
     def _take(self, handle: Any) -> None:
         """Take one event of a job, or the end of a measurement."""
