@@ -12,11 +12,21 @@ from pathlib import Path
 
 from .errors import DeployPruneError, InputError, SystemStateError
 
+PACKAGE = Path(__file__).resolve().parent
+ELSEWHERE = ("export", "runtime_bench")  # lie in PACKAGE only where a wheel was installed
+
 
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def code_hash(package: Path = PACKAGE) -> str:
+    """Return the SHA-256 of the sources that prune, the same however they are installed."""
+    sources = {path.relative_to(package): path for path in package.rglob("*.py")}
+    hashes = [sha256_file(path) for name, path in sorted(sources.items()) if name.parts[0] not in ELSEWHERE]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def make_room(*paths: Path | None) -> None:

@@ -12,6 +12,7 @@ import psutil
 
 SILENCE = 120.0  # seconds without an answer after which the system takes another machine for gone
 INTERFACE = "GLOO_SOCKET_IFNAME"
+INTERFACES = {"gloo": INTERFACE, "nccl": "NCCL_SOCKET_IFNAME"}  # which nccl chooses by itself, where it is not named
 
 
 def started_on_several() -> bool:

@@ -71,17 +71,29 @@ def team(device: torch.device) -> Iterator[None]:
 def _meet(backend: str) -> None:
     """Connect to the others, on a network that leads to them, and let the system watch the connections."""
     hosts.choose_interface()
-    meeting = TIMEOUT if backend == "nccl" else MEETING  # nccl connects when it is first used: that may be late
     try:
-        dist.init_process_group(backend, timeout=meeting)
-    except RuntimeError as error:
+        store, number, count = _together()
+        connecting = MEETING
+        if backend == "nccl":  # which connects, by the store, when it is first used: that may be late
+            store.set_timeout(connecting := TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=connecting)
+    except (RuntimeError, ValueError) as error:
         raise SystemStateError(
             f"{place()} could not join the others: {_first_line(error)}",
             hint="Every machine must reach every other by its address, on any port. Where one has several networks, "
-            f"name the interface in {hosts.INTERFACE} (docs/scale.md).",
+            f"name the interface in {hosts.INTERFACES[backend]} (docs/scale.md).",
         ) from error
     _set_pg_timeout(TIMEOUT)
     hosts.watch_connections()
+
+
+def _together() -> tuple[dist.Store, int, int]:
+    """Wait until every process has come; return where they meet, this one's number, and how many they are."""
+    store, number, count = next(iter(dist.rendezvous("env://", timeout=MEETING)))
+    store = dist.PrefixStore("deploy-prune", store)  # torchrun has keys of its own there
+    store.set(f"process-{number}", "here")
+    store.wait([f"process-{n}" for n in range(count)], MEETING)
+    return store, number, count
 
 
 def disband() -> None:

@@ -82,7 +82,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
             bundle = stack.enter_context(staging(destination, aside=kept / HALF))
             work = Work.load(recipe, source, task_name, device, reporter)
         dense, head, data = work.dense, work.head, work.data
-        keep = stack.enter_context(Resume(kept, agreed(work.key()), reporter.note))
+        keep = stack.enter_context(Resume(kept, agreed(work.key(), recipe), reporter.note))
         recorder = Recorder(device)
         pruned, recovered = work.prune(keep, scratch, recorder, reporter)
         parallel.disband()  # the others have nothing left to do
@@ -120,7 +120,7 @@ def assist(recipe: Recipe) -> None:
         source, task_name, recipe = resolve(recipe, Silent())
     with parallel.first_ahead():
         work = Work.load(recipe, source, task_name, device, Silent())
-    agreed(work.key())
+    agreed(work.key(), recipe)
     work.prune(Resume(), _scratch(recipe.destination(task_name)), Recorder(device), Silent())
 
 

@@ -29,7 +29,7 @@ from .distil import EVALUATIONS, Distillation, DistilTrainer, Feed, Weights
 from .errors import InputError
 from .heads import Head
 from .progress import Progress
-from .resume import hash_state
+from .resume import check_same, hash_state
 from .tasks.base import Row
 
 MOST_ROWS = 16_384  # training rows that are used where no number is given
@@ -98,7 +98,8 @@ def recover(
     a `folder` a run that was killed goes on from its last checkpoint when it is called again with the same models,
     rows and settings; the folder is the caller's to remove. The processes of a team take a part of every batch each.
 
-    Raises InputError for too few rows, or missing labels; LostProcessError when another process of the team has ended.
+    Raises InputError for too few rows, missing labels, or in a process of a team that has others than the first one;
+    LostProcessError when another process has ended.
     Source: Hinton et al. 2015 (outputs); Romero et al. 2014, FitNets (hidden states).
     """
     if len(rows) < LEAST_ROWS:
@@ -112,7 +113,7 @@ def recover(
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deploy-prune-recover-")))
         stack.enter_context(disk_errors(folder))
-        scratch = Scratch(folder, _key(own, teacher, rows, settings))
+        scratch = Scratch(folder, agreed_key(own, teacher, rows, settings))
         if not scratch.writes:  # its trainer writes little, and nothing that anybody reads
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deploy-prune-recover-")))
         if scratch.finished():
@@ -178,11 +179,11 @@ class Scratch:
             folder.mkdir(parents=True, exist_ok=True)
             with suppress(OSError, ValueError):
                 self.known = json.loads((folder / STATE).read_text("utf-8"))
+            if self.known.get("key") != key:
+                self._clear()
+                self.known = {}
+                self.note(key=key)
         self.known = parallel.agree_values(self.known)
-        if self.known.get("key") != key:
-            self._clear()
-            self.known = {}
-            self.note(key=key)
 
     def note(self, **values: Any) -> None:
         """Remember values."""
@@ -313,12 +314,16 @@ def _trainable(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(flags[name])
 
 
-def _key(own: Mapping[str, Tensor], teacher: nn.Module, rows: Sequence[Row], settings: Recovery) -> str:
-    """Return a hash of all that a run depends on."""
-    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
-    digest.update(hash_rows(rows).encode())
-    if settings.weights.labels:
-        digest.update(repr([np.asarray(row.label).tolist() for row in rows]).encode())
-    for state in (own, teacher.state_dict()):
-        digest.update(hash_state(state).encode())
-    return digest.hexdigest()
+def agreed_key(own: Mapping[str, Tensor], teacher: nn.Module, rows: Sequence[Row], settings: Recovery) -> str:
+    """Return a hash of all that a run depends on.
+
+    Raises InputError in a process of a team that has other rows, settings or models than the first one.
+    """
+    labels = [np.asarray(row.label).tolist() for row in rows] if settings.weights.labels else None
+    parts = {
+        "other settings of recovery": asdict(settings),
+        "other rows to recover on": [hash_rows(rows), hashlib.sha256(repr(labels).encode()).hexdigest()],
+        "another model to recover": [hash_state(own), hash_state(teacher.state_dict())],
+    }
+    check_same(parts)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

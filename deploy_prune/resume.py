@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from . import parallel
 from .archs import config_of
+from .config import Recipe
 from .costs import Budget
-from .disk import sha256_file
+from .disk import code_hash, sha256_file
 from .errors import DeployPruneError, InputError, LostProcessError
 from .heads import Head
 from .stages import Options
@@ -32,14 +33,20 @@ from .tasks.base import Row
 FORMAT = 1  # raised when the same stage is laid out in another way
 FREE_SHARE = 4  # a result is kept where it takes at most this part of the free disk: the bundle needs room too
 HALF = "bundle"  # what a killed run had exported: each file has a key of its own, whatever the run's
-SHARED = {  # what all processes of a team must have, as messages call it; processors and threads may differ
+SHARED = {  # beside the recipe what a team's processes must have, as messages call it; processors, threads may differ
     "code": "another deploy-prune",
     "versions": "another Python, torch, transformers or the like",
     "model": "another model",
     "rows": "other calibration rows",
-    "budget": "another budget",
-    "options": "other options",
+    "budget": "another budget",  # its latency table, which a recipe names by its path
 }
+OWN = (
+    "model",
+    "data",
+    "lut",
+    "out",
+    "device",
+)  # of a recipe: what each machine may name otherwise
 Kept = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and plain values
 T = TypeVar("T")
 
@@ -162,7 +169,7 @@ def run_key(
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     lut = None if budget.lut is None else budget.lut.model_dump(mode="json")
     return {
-        "code": _hash_files(Path(__file__).parent.rglob("*.py")),
+        "code": code_hash(),
         "versions": {**versions, "python": platform.python_version()},
         "machine": [platform.system(), platform.machine(), torch.backends.cpu.get_cpu_capability(), str(device), gpu],
         "threads": torch.get_num_threads(),
@@ -175,20 +182,33 @@ def run_key(
     }
 
 
-def agreed(key: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a run's key, if all processes of a team have the same model, rows and code.
+def agreed(key: Mapping[str, Any], recipe: Recipe) -> Mapping[str, Any]:
+    """Return a run's key, if all processes of a team have the same recipe, model, rows and code.
 
     Raises InputError in a process that has others than the first one.
     """
-    first = parallel.agree_values({name: key[name] for name in SHARED})
+    flags = recipe.model_dump(mode="json", exclude=set(OWN))
+    check_same(
+        {f"another --{name.replace('_', '-')}": value for name, value in flags.items()}
+        | {what: key[name] for name, what in SHARED.items()}
+    )
+    return key
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Hold plain values, by what a message calls others, against those of the first process of a team.
+
+    Raises InputError in a process that has others, which ends them all.
+    """
+    mine = {what: json.dumps(value, sort_keys=True) for what, value in values.items()}
+    first = parallel.agree_values(mine)
     with parallel.first_ahead():
-        for name, what in SHARED.items():
-            if json.dumps(key[name], sort_keys=True) != json.dumps(first[name], sort_keys=True):
+        for what, value in mine.items():
+            if value != first.get(what):
                 raise InputError(
                     f"{parallel.place()} has {what} than the first process.",
                     hint="Every machine needs the same packages, model, data and arguments (docs/scale.md).",
                 )
-    return key
 
 
 def hash_inputs(rows: Sequence[Row]) -> str:

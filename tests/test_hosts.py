@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,16 +23,21 @@ from typing import Any
 import pytest
 import torch
 from killing import identity, kept_files
+from models_tiny import tiny_model, tiny_rows
 from runs_tiny import checkpoint, data
 from team_worker import SILENCE
 from test_parallel import ENVIRONMENT, WORKER, unwatched
+from torch.distributed import TCPStore
 
 from deploy_prune import hosts, parallel
 from deploy_prune.bundle import Bundle
 from deploy_prune.cli import invoke
-from deploy_prune.errors import SystemStateError
+from deploy_prune.disk import code_hash
+from deploy_prune.errors import InputError, SystemStateError
+from deploy_prune.heads import Head
+from deploy_prune.recover import Recovery, recover
 from deploy_prune.sweep import SweepSettings
-from deploy_prune.sweep.cells import code_hash, expand, job_spec, jobs_of
+from deploy_prune.sweep.cells import expand, job_spec, jobs_of
 from deploy_prune.sweep.job import limited, run_job
 
 PRUNE = ["prune", "./model", "--task", "text-classification", "--data", "./data", "--out", "b"]
@@ -193,38 +197,63 @@ def wait_for(path: Path, started: Sequence[subprocess.Popen[str]], seconds: floa
 
 
 def test_a_machine_that_has_not_the_same_is_told_on_the_first(tmp_path: Path) -> None:
-    """One after another, in the same two processes: no model, another model, other rows; at last the same."""
+    """One after another, in the same two processes: no model, another model, rows, flags; at last the same."""
     folders = [tmp_path / "1", tmp_path / "2"]
     cases: dict[str, dict[str, int] | None] = {"none": None, "model": {"seed": 1}, "rows": {"train": 161}, "same": {}}
-    for case, changed in cases.items():
+    flags = {"recover_epochs": 2, "pooling": "cls", "depth_order": "after"}
+    for case, changed in {**cases, **{name: {} for name in flags}}.items():
         tiny(folders[0] / case)
         (folders[1] / case).mkdir(parents=True)
         if changed is not None:
             tiny(folders[1] / case, **changed)
-    first, second = unwatched(str(WORKER), "each", ",".join(cases), *PRUNE, folders=folders)
+        for folder, device in zip(folders, ("cpu", "auto"), strict=True):
+            (folder / case / "recipe.toml").write_text(f'device = "{device}"')
+    for name, value in flags.items():
+        (folders[1] / name / "recipe.toml").write_text(f"{name} = {json.dumps(value)}")
+    names = [*list(cases)[:3], *flags, "same"]
+    first, second = unwatched(str(WORKER), "each", ",".join(names), *PRUNE, "-c", "recipe.toml", folders=folders)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr
-    assert json.loads(first.stdout.splitlines()[-1]) == json.loads(second.stdout.splitlines()[-1]) == [2, 2, 2, 0]
+    codes = [json.loads(process.stdout.splitlines()[-1]) for process in (first, second)]
+    assert codes == [[2] * (len(names) - 1) + [0]] * 2
     said = " ".join(first.stderr.split())
     assert "Process 2 of 2 failed: No model folder at" in said
     assert "Process 2 of 2 has another model than the first process." in said
     assert "Process 2 of 2 has other calibration rows than the first process." in said
-    assert second.stderr.count("Error in process 2: ") == 3
-    assert [case for case in cases if (folders[0] / case / "b").exists()] == ["same"]
+    for name in flags:
+        assert f"Process 2 of 2 has another --{name.replace('_', '-')} than the first process." in said
+    assert second.stderr.count("Error in process 2: ") == len(names) - 1
+    assert [case for case in names if (folders[0] / case / "b").exists()] == ["same"]
 
 
-def test_a_process_that_never_comes_is_not_waited_for_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+def test_other_rows_to_recover_on_than_the_first_process_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calibration may have drawn the same ones: each process would train on its own."""
+    told = {"other rows to recover on": "the first one's"}
+    monkeypatch.setattr(parallel, "agree_values", lambda values: {**values, **told})
+    model, rows = tiny_model("bert"), tiny_rows(64)
+    with pytest.raises(InputError, match="has other rows to recover on than the first process"):
+        recover(model, model, Head("classification"), rows, Recovery(epochs=1))
+
+
+@pytest.mark.parametrize("meeting", ["torchrun's", "its own"])
+@pytest.mark.parametrize(("device", "interface"), [("cpu", "GLOO_SOCKET_IFNAME"), ("cuda", "NCCL_SOCKET_IFNAME")])
+def test_a_process_that_never_comes_is_not_waited_for_for_hours(
+    meeting: str, device: str, interface: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun holds the meeting in a process of its own, where the first one finds it at once."""
+    port = (held := TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)).port
+    if meeting == "its own":
+        del held
     alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in {**alone, "MASTER_PORT": str(port)}.items():
+    torchruns = {"TORCHELASTIC_USE_AGENT_STORE": str(meeting == "torchrun's"), "TORCHELASTIC_RESTART_COUNT": "0"}
+    for name, value in {**alone, **torchruns, "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(parallel, "MEETING", timedelta(seconds=1))
     with (
-        pytest.raises(SystemStateError, match="Process 1 of 2 could not join the others") as caught,
-        parallel.team(torch.device("cpu")),
+        pytest.raises(SystemStateError, match=r"could not join the others: .*[tT]imed? ?out") as caught,
+        parallel.team(torch.device(device)),
     ):
         pass
-    assert "GLOO_SOCKET_IFNAME" in caught.value.hint
+    assert interface in caught.value.hint
 
 
 def test_the_network_towards_the_first_machine_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

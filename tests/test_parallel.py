@@ -162,6 +162,7 @@ def test_a_process_sends_from_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(parallel, "_together", lambda: (dist.HashStore(), 1, 2))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: done.append(backend))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("end"))
     monkeypatch.setattr(parallel, "_set_pg_timeout", lambda timeout: None)

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from killing import campaign, identity, kept_files
 from runs_tiny import channel_checkpoint, checkpoint, data, image_data
+from tools.wheel import ROOMS, ROOT
 
 from deploy_prune import pipeline, resume
 from deploy_prune.bundle import Bundle
 from deploy_prune.config import load_recipe
+from deploy_prune.disk import code_hash
 from deploy_prune.errors import InputError, VerdictError
 from deploy_prune.pipeline import run
 from deploy_prune.progress import Progress, Silent
@@ -183,8 +185,19 @@ def test_any_other_setting_label_weight_or_version_starts_anew(tmp_path: Path, m
     assert resumed() == []
     checkpoint(tmp_path / "model")
     assert resumed() == PRUNED
-    monkeypatch.setattr(resume, "_hash_files", lambda paths: "the code was changed")
+    monkeypatch.setattr(resume, "code_hash", lambda: "the code was changed")
     assert resumed() == []
+
+
+def test_a_wheel_and_a_checkout_have_one_hash_of_the_code(tmp_path: Path) -> None:
+    """What a killed run left is taken up, however the release is installed: a wheel holds all rooms in one folder."""
+    package = tmp_path / "deploy_prune"
+    for room, inside in ROOMS.items():
+        shutil.copytree(ROOT / room, tmp_path / inside, ignore=shutil.ignore_patterns("__pycache__"))
+    assert code_hash(package) == code_hash()
+    with open(package / "criteria" / "obs.py", "a") as file:
+        file.write("# another release\n")
+    assert code_hash(package) != code_hash()
 
 
 def test_an_error_to_be_mended_takes_its_own_results_away(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -457,6 +458,56 @@ def test_nothing_is_measured_beside_cells_on_the_same_node(
     assert options["scheduling_strategy"].node_id == ray.get_runtime_context().get_node_id()
     assert options["scheduling_strategy"].soft is False
     assert bench_options(LABEL) == {"num_cpus": 0, "num_gpus": 0, "resources": {LABEL: 1}}
+
+
+def test_equal_models_of_two_entries_are_measured_once(
+    place: Place, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have one key, and the files are gone when the first one is measured."""
+
+    def instant(spec: Any, sliced: Any, dense: Any) -> dict[str, Any]:
+        if not (sliced and dense):
+            return {"reason": "there are no files"}
+        return {"latency_ms": 1.0, "latency_ms_dense": 2.0, "ratio": 0.5, "bench_host": uuid.uuid4().hex}
+
+    monkeypatch.setattr("deploy_prune.sweep.bench.measure", instant)
+    entries = [place.entry(name=name) for name in ("one", "other")]
+    few: dict[str, Any] = {"keeps": [0.5], "seeds": [0], "compensate": ["none"], "bench_runtimes": ["torch"]}
+    sweep = run_sweep(place.settings(**few, entries=entries), tmp_path)
+    assert [(row["model"], row["reason"], row["ratio"]) for row in sweep.rows] == [
+        ("one", None, 0.5),
+        ("other", None, 0.5),
+    ]
+    assert len({row["bench_host"] for row in sweep.rows}) == 1, "one measurement"
+    assert not list((tmp_path / "models").iterdir())
+
+
+def test_jobs_for_gpus_go_to_nodes_that_have_them_one_to_a_gpu(
+    place: Place, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray is told of a GPU that is none: a stand-in for the job says where it ran."""
+
+    def job(spec: Any) -> Iterator[dict[str, Any]]:
+        import ray
+
+        context = ray.get_runtime_context()
+        yield {"event": "begun", "node": context.get_node_id()}
+        where = [context.get_node_id(), context.get_accelerator_ids()["GPU"], os.environ.get("CUDA_VISIBLE_DEVICES")]
+        for cell in spec["cells"]:
+            yield {"event": "failed", "number": cell["number"], "reason": json.dumps([*where, spec["seed"]])}
+
+    monkeypatch.setattr("deploy_prune.sweep.job.run_job", job)
+    settings = place.settings(device="cuda")
+    with pytest.raises(InputError, match="No node of the Ray cluster has 1 CPU and a GPU"):
+        run_sweep(settings, tmp_path)
+    node = cluster.add_node(num_cpus=2, num_gpus=1)
+    try:
+        sweep = run_sweep(settings, tmp_path)
+    finally:
+        cluster.remove_node(node)
+    assert sweep.account["workers"] == 1, "two CPUs, and one GPU"
+    ran = {row["reason"] for row in sweep.rows}
+    assert ran == {json.dumps([node.node_id, ["0"], "0", seed]) for seed in (0, 1)}
 
 
 def test_labels_must_be_there(place: Place, cluster: Any, tmp_path: Path) -> None:

@@ -196,8 +196,8 @@ def test_reports_hold_every_cell_and_every_reason() -> None:
     sweep = Sweep(rows, summary, fronts(rows, summary), account, [])
     text, page = as_markdown(sweep), as_html(sweep)
     assert "overhead 20.0%" in text
-    assert "| m | t | 0.5 | auto | refit | 1 | 0.8000 |" in text
-    assert "| m | t | 0.3 | auto | refit | 0 (1 failed) | - |" in text
+    assert "| m | t | 0.5 | auto | refit | 1 | yes | 0.8000 |" in text
+    assert "| m | t | 0.3 | auto | refit | 0 (1 failed) |  | - |" in text
     assert "m, t, 0.3, auto, refit, 0: <no> | plan" in text
     assert "&lt;no&gt; | plan" in page
     assert "http" not in page.replace("http://www.w3.org", "").split("</script>")[-1], "nothing is fetched"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from runs_tiny import channel_checkpoint, checkpoint, data, image_checkpoint, image_data
 from test_lengths import by_size
 from test_probe import table
@@ -18,6 +22,8 @@ from deploy_prune.cli import invoke
 from deploy_prune.config import load_settings
 from deploy_prune.errors import InputError, SystemStateError
 from deploy_prune.flags import split_lists
+from deploy_prune.latency_table import LatencyTable
+from deploy_prune.runtime_bench.machine import describe_machine
 from deploy_prune.tune import TuneSettings
 from deploy_prune.tune.run import tune
 from deploy_prune.tune.space import Form, Space
@@ -192,6 +198,32 @@ def test_a_killed_search_goes_on(place: Path, tmp_path: Path, monkeypatch: pytes
     assert len([seconds for _, seconds in clock.calls if seconds == killed.seconds]) == 1
 
 
+def test_what_was_planned_when_the_search_was_killed_is_planned_anew(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the plan and its trial: Optuna would give that one in the place of every later proposal."""
+    Clock(monkeypatch)
+    changes: dict[str, Any] = {"target_latency_ms": 0.85 * dense_ms(place), "trials": 5}
+    expected = tune(str(place / "model"), settings_of(place, tmp_path / "whole", **changes)).document
+    killed = settings_of(place, tmp_path / "killed", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "ask", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tune(str(place / "model"), killed)
+    assert states_in(tmp_path / "killed.tune") == {"WAITING": 1}
+    found = tune(str(place / "model"), killed).document
+    assert choices(found) == choices(expected)
+    assert [r["aimed"] for r in found["trials"]] == [r["aimed"] for r in expected["trials"]]
+    assert states_in(tmp_path / "killed.tune") == {"FAIL": 1, **states_in(tmp_path / "whole.tune")}
+
+
+def states_in(folder: Path) -> Counter[str]:
+    """Count the trials of a journal's only study by their state."""
+    storage = JournalStorage(JournalFileBackend(str(folder / "study.log")))
+    (study,) = optuna.get_all_study_names(storage)
+    return Counter(t.state.name for t in optuna.load_study(study_name=study, storage=storage).get_trials())
+
+
 def test_an_interrupt_tells_what_is_kept(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -292,6 +324,15 @@ def test_bad_input_is_refused(
     assert not (tmp_path / "best").exists()
 
 
+def test_a_runtime_may_be_named_in_the_singular(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert invoke(words(place, tmp_path / "best", runtime="abacus")) == 2
+    assert "No runtime 'abacus'" in said_in(capsys)
+    assert invoke(words(place, tmp_path / "best", runtime="torch")) == 2
+    assert "The latency table is of ort-cpu, not of torch" in said_in(capsys)
+
+
 def test_tables_of_several_lengths_will_do(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Clock(monkeypatch)
     one = json.loads((place / "lut.json").read_text())
@@ -371,6 +412,30 @@ def test_an_aim_that_was_late_is_followed_by_a_lower_one(
     settings = settings_of(place, tmp_path / "best", target_latency_ms=0.5 * dense_ms(place), trials=4, slack=9)
     document = tune(str(place / "model"), settings).document
     assert [r["keep"] for r in document["trials"]] == [1.0, 0.7, 0.65, 0.6]
+
+
+@pytest.mark.parametrize("changed", ["cpu", "versions", "probe_seconds", "nothing"])
+def test_a_table_of_another_machine_or_probe_is_not_taken(
+    changed: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Clock(monkeypatch)
+    probed = []
+    lut = LatencyTable.model_validate_json((place / "lut.json").read_text())
+
+    def probe(source: str, **how: Any) -> LatencyTable:
+        probed.append(how["seconds"])
+        return lut
+
+    monkeypatch.setattr("deploy_prune.tune.run.probe", probe)
+    changes: dict[str, Any] = {"lut": None, "seq_len": 9, "target_latency_ms": 2 * dense_ms(place), "trials": 1}
+    tune(str(place / "model"), settings_of(place, tmp_path / "best", **changes))
+    if changed == "probe_seconds":
+        changes[changed] = 2.0
+    elif changed != "nothing":
+        other = {**describe_machine(1), changed: "another"}
+        monkeypatch.setattr("deploy_prune.tune.run.describe_machine", lambda threads: other)
+    tune(str(place / "model"), settings_of(place, tmp_path / "best", **changes))
+    assert probed == ([1.0] if changed == "nothing" else [1.0, changes.get("probe_seconds", 1.0)])
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])

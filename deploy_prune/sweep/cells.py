@@ -8,15 +8,10 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from ..config import ALLOW_CODE, ALLOW_PICKLE
-from ..disk import sha256_file
 from .settings import SweepSettings
-
-PACKAGE = Path(__file__).resolve().parents[1]
-ELSEWHERE = ("export", "runtime_bench")  # lie in PACKAGE only where a wheel was installed
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ def job_spec(
 ) -> dict[str, Any]:
     """Return all that a worker needs for a job, as plain values.
 
-    `known` are the keys of cells and `models` the names of files that the driver has; `code` is its `code_hash`.
+    `known` are the keys of cells and `models` the names of files that the driver has; `code` the hash of its sources.
     """
     return {
         "settings": settings.model_dump(mode="json"),
@@ -76,12 +71,6 @@ def job_spec(
 def files_name(key: str, settings: SweepSettings) -> str:
     """Return what models/ calls a model's files, which are made for the runtimes that measure them."""
     return digest([key, sorted(settings.bench_runtimes)])
-
-
-def code_hash() -> str:
-    """Return the SHA-256 of the sources that prune: every node must have the same, however they are installed."""
-    sources = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
-    return digest([sha256_file(p) for name, p in sorted(sources.items()) if name.parts[0] not in ELSEWHERE])
 
 
 def digest(value: Any) -> str:

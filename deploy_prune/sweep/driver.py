@@ -9,8 +9,9 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..disk import code_hash
 from ..progress import Progress, Reporter
-from .cells import Cell, Job, code_hash, digest, expand, files_name, job_spec, jobs_of
+from .cells import Cell, Job, digest, expand, files_name, job_spec, jobs_of
 from .cluster import WAIT_MINUTES, Patience, alive_ids, bench_options, gone
 from .settings import SweepSettings
 from .store import Store
@@ -133,8 +134,15 @@ class Driver:
         self._leave_lost_nodes()
         busy = {bench.place for bench in self.measuring.values()}
         for place, waiting in self.waiting.items():
-            if waiting and place not in busy and (place is not None or not (self.queue or self.running)):
-                self._measure(waiting.popleft())
+            if place in busy or (place is None and (self.queue or self.running)):
+                continue
+            while waiting:
+                bench = waiting.popleft()
+                key = self._bench_key(self.results[bench.number]["key"], bench)
+                if key not in self.measured:
+                    self._measure(bench)
+                    break
+                self.benches[bench] = self.measured[key]  # of another entry's equal model, measured since
 
     def _take(self, handle: Any) -> None:
         """Take one event of a job, or the end of a measurement."""
@@ -283,6 +291,7 @@ class Driver:
             self.reporter.note(f"Not measured: {self.describe(self.cells[bench.number])}: {found['reason']}")
             return
         key = self.results[bench.number]["key"]
+        self.measured[self._bench_key(key, bench)] = found
         self.store.keep("bench", self._bench_key(key, bench), found)
         if all("reason" not in self.benches.get(b, {"reason": ""}) for b in self._benches_of(bench.number)):
             self.store.drop_models(files_name(key, self.settings))

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..config import Recipe
 from ..costs import Budget
+from ..disk import code_hash
 from ..errors import DeployPruneError, InputError
 from ..experiments import Lab, Setting
 from ..latency_table import read_latency_table
@@ -28,7 +29,7 @@ from ..progress import Silent
 from ..resolving import check_length, check_rows, is_label_free, resolve
 from ..resume import hash_inputs, hash_state, run_key
 from ..stages import Options, PrunedPlan
-from .cells import Cell, code_hash, digest, files_name
+from .cells import Cell, digest, files_name
 from .cluster import node_id
 from .settings import Entry, SweepSettings
 

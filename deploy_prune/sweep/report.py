@@ -32,13 +32,13 @@ def lines_of(sweep: Sweep) -> list[list[str]]:
     on_front = {
         (p.model, f.task, p.keep, p.method, f.where) for f in sweep.fronts for p in f.points if p.front and p.keep
     }
-    lines = [[*keys, "runs", *(SHOWN[m][0] for m in means), "front"]]
+    lines = [[*keys, "runs", "front", *(SHOWN[m][0] for m in means)]]
     for e in sweep.summary:
         where = "" if e["runtime"] is None else f"{e['runtime']} on {e['bench_on']}"
         at = (e["model"], e["task"], e["keep"], f"{e['criterion']}, {e['compensate']}", where)
         keyed = [f"{e[k]:g}" if isinstance(e[k], float) else str(e[k] or "-") for k in keys]
         runs = f"{e['runs']}" + (f" ({e['failed']} failed)" if e["failed"] else "")
-        lines.append([*keyed, runs, *(_shown(e[m], SHOWN[m][1]) for m in means), "yes" if at in on_front else ""])
+        lines.append([*keyed, runs, "yes" if at in on_front else "", *(_shown(e[m], SHOWN[m][1]) for m in means)])
     return lines
 
 

@@ -179,9 +179,9 @@ def _tables(
 ) -> dict[str, AnyLatency]:
     """Return a latency table per runtime: the given one, one that an earlier call probed, or one probed now."""
     tables: dict[str, AnyLatency] = {}
+    of = _hash([lab.checkpoint.sha256, settings.probe_widths, settings.probe_seconds, _machine(threads)])
     for runtime in settings.runtimes:
-        shape = f"{settings.batch}x{seq_len}-t{threads}-w{settings.probe_widths}-{lab.checkpoint.sha256[:12]}"
-        path = folder / f"lut-{runtime}-{shape}.json"
+        path = folder / f"lut-{runtime}-{settings.batch}x{seq_len}-t{threads}-{of[:16]}.json"
         if given is not None and given.runtime == runtime:
             tables[runtime] = given
             continue
@@ -207,7 +207,6 @@ NOT_IN_THE_KEY = {"trials", "minutes", "out", "lut"}
 
 def _key(settings: TuneSettings, bench: Workbench) -> str:
     """Return the hash of everything that the trials depend on; more trials or minutes go on with the same study."""
-    machine = describe_machine(bench.threads)
     contents = {
         "schema": SCHEMA_VERSION,
         "settings": settings.model_dump(mode="json", exclude=NOT_IN_THE_KEY),
@@ -215,9 +214,19 @@ def _key(settings: TuneSettings, bench: Workbench) -> str:
         "rows": [hash_inputs(bench.lab.pruner(settings.seed).rows), hash_inputs(bench.lab.rows)],
         "shape": [settings.batch, bench.seq_len, bench.threads],
         "tables": {name: table.model_dump(mode="json") for name, table in bench.tables.items()},
-        "machine": [machine[name] for name in ("cpu", "cpu_flags", "versions")],
+        "machine": _machine(bench.threads),
     }
-    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:32]
+    return _hash(contents)[:32]
+
+
+def _machine(threads: int) -> list[Any]:
+    """Return what latencies depend on: the processors, and the releases of what runs on them."""
+    machine = describe_machine(threads)
+    return [machine["cpu"], machine["cpu_flags"], [gpu["name"] for gpu in machine["gpus"]], machine["versions"]]
+
+
+def _hash(contents: Any) -> str:
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
 def _document(hunt: Hunt, winner: Mapping[str, Any] | None, refuted: Mapping[int, Any], task: str) -> dict[str, Any]:

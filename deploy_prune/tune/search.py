@@ -47,12 +47,18 @@ class Hunt:
         """Propose, discard, measure and tell until the trials or the minutes are used up."""
         settings = self.bench.settings
         deadline = math.inf if settings.minutes is None else time.monotonic() + 60 * settings.minutes
-        for killed in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self.study.tell(killed.number, state=TrialState.FAIL)  # it is proposed again: nothing has changed since
+        self._clear()
         with self.reporter.stage("tune") as progress:
             while not self._enough() and time.monotonic() < deadline:
                 self._one()
                 progress(min(1.0, self._made() / settings.trials))
+
+    def _clear(self) -> None:
+        """End what a killed run had begun, or planned next: it is proposed again, for nothing has changed since."""
+        while self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            self.study.ask()  # which would give it in the place of the next proposal
+        for begun in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self.study.tell(begun.number, state=TrialState.FAIL)
 
     def records(self) -> list[dict[str, Any]]:
         """Return what is known of every finished trial, in their order."""
