@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from bundles_tiny import make_bundle
+from bundles_tiny import make_bundle, make_exported
 from typer.testing import CliRunner
 
 pytest.importorskip("tritonclient", reason="the extra 'serve' is not installed")
@@ -21,7 +21,6 @@ from tritonclient.grpc import model_config_pb2 as pb
 from deploy_prune.bundle import Artifact, Bundle, Parity
 from deploy_prune.cli import app
 from deploy_prune.errors import InputError
-from deploy_prune.export import export_bundle
 from deploy_prune.export.serving.kserve import inference_service
 from deploy_prune.export.serving.triton import settings_of, tokenizer_settings, write_triton
 from deploy_prune.runtimes.ort import OrtRunner
@@ -30,10 +29,7 @@ from deploy_prune.serve import load
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    made, models = make_bundle(tmp_path_factory.mktemp("deploy") / "tiny", kind="classification")
-    export_bundle(made, formats=["onnx"], variants=("sliced",), models=models).check()
-    made.commit()
-    return made
+    return make_exported(tmp_path_factory.mktemp("deploy") / "tiny", variants=("sliced",))
 
 
 def test_the_repository_is_what_triton_reads(bundle: Bundle, tmp_path: Path) -> None:

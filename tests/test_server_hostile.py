@@ -11,7 +11,7 @@ import struct
 import tracemalloc
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles_tiny import exported_bundle
 from fuzz.mutation import mutate
 
 pytest.importorskip("tritonclient", reason="the extra 'serve' is not installed")
@@ -27,7 +26,8 @@ import grpc
 import schemathesis
 import trustme
 from hypothesis import HealthCheck, given, settings
-from servers_tiny import GOOD, PATH, ask, closed_after, running
+from servers_tiny import GOOD, PATH, ask, client_of, closed_after, infer, running
+from tritonclient.utils import InferenceServerException
 
 from deploy_prune.config import ServeSettings
 from deploy_prune.errors import InputError
@@ -42,17 +42,6 @@ from deploy_prune.server.tensors import from_json
 SHORT = settings(
     max_examples=25, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported_bundle(tmp_path_factory.mktemp("hostile")).root
-
-
-@pytest.fixture(scope="module")
-def server(root: Path) -> Iterator[Server]:
-    with running({"m": root}, body_seconds=0.5, most_bytes=1 << 20) as started:
-        yield started
 
 
 def connect(server: Server) -> socket.socket:
@@ -234,15 +223,8 @@ def test_the_servers_own_faults_show_nothing_of_it(server: Server, monkeypatch: 
     status, said = ask(server)
     assert (status, sorted(said)) == (500, ["error"])
     assert said["error"].startswith("Internal error ")
-    import tritonclient.grpc as client_of
-    from tritonclient.utils import InferenceServerException
-
-    tensor = client_of.InferInput("input_ids", [1, 1], "INT64")
-    tensor.set_data_from_numpy(np.ones((1, 1), np.int64))
-    client = client_of.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
-    with pytest.raises(InferenceServerException) as caught:
-        client.infer("m", [tensor])
-    client.close()
+    with client_of(server, "grpc") as (client, module), pytest.raises(InferenceServerException) as caught:
+        infer(client, module, "m", {"input_ids": np.ones((1, 1), np.int64)})
     assert "secret" not in str(caught.value)
 
 

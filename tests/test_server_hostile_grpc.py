@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles_tiny import exported_bundle
 
 pytest.importorskip("tritonclient", reason="the extra 'serve' is not installed")
 import grpc
@@ -27,17 +26,6 @@ from deploy_prune.errors import InputError
 from deploy_prune.server import rpc
 from deploy_prune.server.models import Serving, Version
 from deploy_prune.server.run import Server
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported_bundle(tmp_path_factory.mktemp("hostile")).root
-
-
-@pytest.fixture(scope="module")
-def server(root: Path) -> Iterator[Server]:
-    with running({"m": root}, body_seconds=0.5, most_bytes=1 << 20) as started:
-        yield started
 
 
 def grpc_request(most: int = 0) -> bytes:

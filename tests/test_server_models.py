@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import shutil
 import threading
 import time
 import urllib.error
 import urllib.request
 import weakref
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from bundles_tiny import exported_bundle, tiny_inputs
+from bundles_tiny import tiny_inputs
 
 pytest.importorskip("tritonclient", reason="the extra 'serve' is not installed")
-import tritonclient.grpc as triton_grpc
-import tritonclient.http as triton_http
-from servers_tiny import GOOD, PATH, infer, running
+from servers_tiny import GOOD, PATH, ask, infer, running, wait_until
 from tritonclient.utils import InferenceServerException
 
 from deploy_prune.bundle import Bundle
@@ -38,24 +34,8 @@ LOAD = "/v2/repository/models/m/load"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported_bundle(tmp_path_factory.mktemp("versions")).root
-
-
-def ask(server: Server, path: str, body: Any = None) -> tuple[int, Any]:
-    raw = None if body is None else json.dumps(body).encode()
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}{path}", raw, timeout=60) as response:
-            return response.status, json.loads(response.read())
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    until = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.02)
+def made(root: Path) -> Path:
+    return root
 
 
 def test_a_model_is_not_ready_before_it_is_warm(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,21 +56,21 @@ def test_a_model_is_not_ready_before_it_is_warm(made: Path, monkeypatch: pytest.
     with running({"m": made}, loaded=False) as server:
         try:
             wait_until(lambda: answers(server))
-            client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
             assert ask(server, "/v2/health/live") == (200, {"live": True})
             assert ask(server, "/v2/health/ready") == (503, {"ready": False})
             assert ask(server, "/v2/models/m/ready") == (503, {"name": "m", "ready": False})
             assert ask(server, "/v2/models/m.answers/infer", TEXT)[0] == 503
             assert ask(server, "/v2/repository/index", {})[1][0]["state"] == "UNAVAILABLE"
-            assert not client.is_server_ready()
-            assert not client.is_model_ready("m")
+            with client_of(server, "grpc") as (client, _):
+                assert not client.is_server_ready()
+                assert not client.is_model_ready("m")
             assert rows == []
         finally:
             go.set()
         wait_until(lambda: ask(server, "/v2/health/ready")[0] == 200)
         assert rows == list(WARM_ROWS)
-        assert client.is_server_ready()
-        client.close()
+        with client_of(server, "grpc") as (client, _):
+            assert client.is_server_ready()
 
 
 def test_closed_versions_leave_nothing_behind(made: Path) -> None:
@@ -159,8 +139,11 @@ def test_metadata_is_of_the_open_version_whatever_lies_on_disk(made: Path, tmp_p
 def test_a_newer_version_takes_over_and_goes_back(made: Path, tmp_path: Path) -> None:
     root = tmp_path / "models"
     shutil.copytree(made, root / "1")
-    with running({"m": root}) as server:
-        client = triton_http.InferenceServerClient(f"127.0.0.1:{server.port}")
+    with (
+        running({"m": root}) as server,
+        client_of(server, "http") as (client, _),
+        client_of(server, "grpc") as (other, _),
+    ):
         assert ask(server, PATH, GOOD)[1]["model_version"] == "1"
         shutil.copytree(made, root / "2")
         client.load_model("m")
@@ -174,16 +157,13 @@ def test_a_newer_version_takes_over_and_goes_back(made: Path, tmp_path: Path) ->
         status, document = ask(server, LOAD, {})
         assert (status, "log says why" in document["error"]) == (500, True)  # no fault of the client's
         assert str(tmp_path) not in document["error"]
-        other = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
         with pytest.raises(InferenceServerException, match="FAILED_PRECONDITION") as raised:
             other.load_model("m")
-        other.close()
         assert str(tmp_path) not in str(raised.value)
         assert ask(server, PATH, GOOD)[1]["model_version"] == "1"
         client.unload_model("m")
         assert not client.is_model_ready("m")
         assert not client.is_server_ready()
-        client.close()
 
 
 @pytest.mark.parametrize("single", [False, True], ids=["folder", "in place"])
@@ -221,15 +201,14 @@ def test_reloads_lose_no_request(made: Path, tmp_path: Path) -> None:
         stop, wrong, count = threading.Event(), [], [0]
 
         def ask_on() -> None:
-            client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
-            while not stop.is_set():
-                try:
-                    if not np.allclose(infer(client, triton_grpc, "m", given).as_numpy("logits"), wanted, atol=1e-5):
-                        wrong.append("another answer")
-                    count[0] += 1
-                except InferenceServerException as error:
-                    wrong.append(str(error))
-            client.close()
+            with client_of(server, "grpc") as (client, module):
+                while not stop.is_set():
+                    try:
+                        if not np.allclose(infer(client, module, "m", given).as_numpy("logits"), wanted, atol=1e-5):
+                            wrong.append("another answer")
+                        count[0] += 1
+                    except InferenceServerException as error:
+                        wrong.append(str(error))
 
         threads = [threading.Thread(target=ask_on) for _ in range(3)]
         for thread in threads:
