@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import parallel
 from .archs import config_of
 from .costs import Budget
-from .disk import sha256_file
+from .disk import real_path, sha256_file
 from .errors import DeployPruneError, InputError, LostProcessError
 from .heads import Head
 from .stages import Options
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 def resume_folder(destination: Path) -> Path:
     """Return where the results of runs that were killed lie: hidden, beside the bundle."""
-    whole = Path(os.path.abspath(destination))
+    whole = real_path(destination)
     return whole.with_name(f".{whole.name}.resume")
 
 
