@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import shutil
 import threading
@@ -19,10 +20,13 @@ import pytest
 from bundles_tiny import tiny_inputs
 
 pytest.importorskip("tritonclient", reason="the extra 'serve' is not installed")
-from servers_tiny import GOOD, PATH, ask, infer, running, wait_until
+from servers_tiny import GOOD, PATH, ask, calling, client_of, infer, running, wait_until
+from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
 from deploy_prune.bundle import Bundle
+from deploy_prune.cli_serve import named
+from deploy_prune.errors import InputError, SystemStateError
 from deploy_prune.serve import load
 from deploy_prune.serve.loader import Predictor
 from deploy_prune.server.engine import Engine
@@ -249,3 +253,91 @@ def test_polling_does_not_load_what_was_unloaded(
             (tmp_path / "new").rename(root / "2")
         wait_until(lambda: ask(server, "/v2/models/m/ready")[0] == 200)  # that one is new
         assert ask(server, "/v2/models/m.answers/infer", TEXT)[1]["model_version"] == "2"
+
+
+@pytest.mark.parametrize("change", ["load", "unload"])
+def test_what_a_client_has_begun_and_cancels_is_closed_all_the_same(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    begun, go, prepare = threading.Event(), threading.Event(), Predictor.prepare
+
+    def slow(self: Predictor, rows: Any, first: int = 0) -> Any:
+        begun.set()
+        assert go.wait(60)
+        return prepare(self, rows, first)
+
+    def watched(server: Server) -> bool:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as response:
+            return 'deploy_prune_waiting_rows{model="m",version="1"}' in response.read().decode()
+
+    def versions(server: Server) -> list[str]:
+        return [entry["version"] for entry in ask(server, "/v2/repository/index", {})[1]]
+
+    for number in ("1", "2") if change == "load" else ("1",):
+        shutil.copytree(made, tmp_path / number)
+    asked = f"RepositoryModel{change.capitalize()}"
+    with running({"m": tmp_path}) as server, ThreadPoolExecutor(1) as pool, calling(server, asked) as call:
+        try:
+            if change == "load":
+                assert ask(server, LOAD, {"parameters": {"version": "1"}})[0] == 200
+            monkeypatch.setattr(Predictor, "prepare", slow)
+            pool.submit(ask, server, "/v2/models/m.answers/infer", TEXT)
+            assert begun.wait(30)
+            if change == "load":
+                assert ask(server, LOAD, {})[1]["version"] == "2"
+                shutil.copytree(made, tmp_path / "3")
+            going = call.future(getattr(pb, f"{asked}Request")(model_name="m").SerializeToString())  # type: ignore[attr-defined]
+            wait_until(lambda: versions(server) == (["2", "3"] if change == "load" else [""]))
+            going.cancel()
+            time.sleep(0.3)  # until the server has heard of it
+            assert watched(server)  # version 1 still answers
+        finally:
+            go.set()
+        wait_until(lambda: not watched(server))
+
+
+def test_what_the_disk_does_not_give_is_told_as_no_fault_of_the_client(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    shutil.copytree(made, tmp_path / "1")
+    with running({"m": tmp_path}) as server, client_of(server, "grpc") as (client, _):
+        shutil.copytree(made, tmp_path / "2")
+        with monkeypatch.context() as patch:
+            patch.setattr("deploy_prune.server.models.sha256_file", unreadable)
+            status, said = ask(server, LOAD, {})
+            assert (status, said["error"]) == (500, "m cannot be loaded: the server's log says why.")
+            with pytest.raises(InferenceServerException, match="FAILED_PRECONDITION"):
+                client.load_model("m")
+        shutil.rmtree(tmp_path / "1")
+        shutil.rmtree(tmp_path / "2")
+        status, said = ask(server, LOAD, {})
+        assert (status, said["error"]) == (404, "There is no bundle of m any more.")
+        with pytest.raises(InferenceServerException, match="NOT_FOUND"):
+            client.load_model("m")
+        assert ask(server)[1]["model_version"] == "1"  # what was open answers
+
+
+def test_a_server_that_cannot_read_a_bundle_says_so_at_once(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: Any, **more: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error", str(made / "sliced"))
+
+    monkeypatch.setattr("deploy_prune.server.models.open_bundle", broken)
+    with pytest.raises(SystemStateError, match="sliced cannot be read: Input/output error"), running({"m": made}):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("x.v1", "NAME=PATH: model=.*x.v1"), ("new.onnx", "is a file.\n.*folder of a bundle"), ("none", "No bundle at")],
+)
+def test_what_cannot_be_served_is_told_how_to_name_it(made: Path, tmp_path: Path, name: str, said: str) -> None:
+    shutil.copytree(made, tmp_path / "x.v1")
+    (tmp_path / "new.onnx").write_bytes(b"a model")
+    sources = named([str(tmp_path / name)])
+    with pytest.raises(InputError, match=said):
+        Models(Serving()).add(*sources.popitem())
