@@ -44,7 +44,7 @@ def running(
     ready, failed = threading.Event(), []
 
     async def listens() -> None:
-        while not (server.port and server.grpc_port):
+        while not (server.port and (server.grpc_port or where.grpc_port is None)):
             await asyncio.sleep(0.01)
 
     def work() -> None:
@@ -64,6 +64,7 @@ def running(
         ready.set()
 
     thread = threading.Thread(target=work)
+    server.thread = thread  # type: ignore[attr-defined]
     thread.start()
     assert ready.wait(60)
     if failed:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import shutil
 import subprocess
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ from servers_tiny import ask, client_of, infer, running, wait_until
 from tritonclient.utils import InferenceServerException
 
 from deploy_prune.serve import load
-from deploy_prune.server.models import Serving
+from deploy_prune.server.models import Serving, Version
 from deploy_prune.server.run import Server, log_formatter
 
 HEADS = ("classification", "regression", "token", "qa", "embedding")
@@ -276,6 +278,32 @@ def test_a_short_drain_is_not_none(bundles: dict[str, Path]) -> None:
         wait_until(lambda: waiting(server))
         server.loop.call_soon_threadsafe(server.stop)  # type: ignore[attr-defined]
         assert asked.result(30)[0] == 200
+
+
+def test_both_protocols_are_drained_in_one_drain(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    async def endless(self: Version, feeds: Any) -> Any:
+        begun.append(self)
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(Version, "infer", endless)
+
+    def ask_grpc(server: Server) -> None:
+        with client_of(server, "grpc") as (client, module):
+            infer(client, module, "m", feeds())
+
+    def ask_http(server: Server) -> None:
+        ask(server, "/v2/models/m/infer", changed("input_ids"))
+
+    with running({"m": bundles["classification"]}, drain_seconds=2.0) as server, ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(one, server) for one in (ask_grpc, ask_http)]
+        wait_until(lambda: len(begun) == 2)
+        started = time.monotonic()
+        server.loop.call_soon_threadsafe(server.stop)  # type: ignore[attr-defined]
+        server.thread.join(30)  # type: ignore[attr-defined]
+        assert 1.9 < time.monotonic() - started < 3.5
+        assert all(a.exception(30) is not None for a in asked)  # cut off
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])

@@ -115,6 +115,17 @@ def test_grpc_garbage_is_refused(server: Server) -> None:
     assert ask(server)[0] == 200
 
 
+@pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+def test_compressed_messages_are_bounded_while_they_are_unpacked(server: Server, compression: Any) -> None:
+    with calling(server) as call:
+        answer = pb.ModelInferResponse.FromString(call(grpc_request(), timeout=20, compression=compression))
+        assert answer.outputs[0].name == "logits"
+        with pytest.raises(grpc.RpcError) as caught:
+            call(grpc_request() + b"\0" * (1 << 26), timeout=20, compression=compression)
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "Decompressed message larger than max" in caught.value.details()  # not after it took 64 MiB
+
+
 def test_grpc_connections_that_say_nothing_are_cut_off(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rpc, "HANDSHAKE_MS", 500)
     with running({"m": root}) as server:
