@@ -6,7 +6,9 @@ import asyncio
 import json
 import logging
 import shutil
+import signal
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -324,6 +326,20 @@ def test_what_waits_is_answered_before_the_end(bundles: dict[str, Path], protoco
         wait_until(lambda: waiting(server))
     thread.join(30)  # the server has been stopped by now
     assert np.allclose(np.ravel(answers[0]), np.ravel(expected(bundles["classification"], given)["logits"]), atol=1e-5)
+
+
+def test_sigterm_ends_a_server_without_grpc(bundles: dict[str, Path]) -> None:
+    command = [sys.executable, "-m", "deploy_prune", "serve", f"m={bundles['classification']}", "--threads", "1"]
+    command += ["--port", "0", "--grpc-port", "-1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any('"message": "ready"' in line for line in process.stderr)
+        process.send_signal(signal.SIGTERM)
+        try:
+            _, said = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, '"message": "stopped"' in said) == (0, True)
 
 
 def metrics_of(server: Server) -> str:
