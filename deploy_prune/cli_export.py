@@ -63,7 +63,7 @@ def export(
         opened = Bundle.open(bundle)
         if server is not None:
             target: Variant = chosen[0] if len(chosen) == 1 else "sliced"
-            if not _has_onnx(opened, target, settings.precisions[0]):
+            if not _has_onnx(opened, target, settings.precisions[0], free=server == "triton"):
                 onnx = settings.model_copy(update={"formats": ("onnx",)})
                 _export(opened, onnx, [target], data).check()
         else:
@@ -160,9 +160,11 @@ def _server(settings: ExportSettings, out: Path | None, storage: str | None) -> 
     return servers[0]
 
 
-def _has_onnx(bundle: Bundle, variant: Variant, precision: str) -> bool:
+def _has_onnx(bundle: Bundle, variant: Variant, precision: str, free: bool) -> bool:
+    """Say whether a bundle has the ONNX file of a variant and precision; `free`: one of any shape."""
     wanted = (variant, "onnx", precision)
-    return any((a.variant, a.format, a.precision) == wanted for a in bundle.manifest.artifacts)
+    found = [a for a in bundle.manifest.artifacts if (a.variant, a.format, a.precision) == wanted]
+    return any(a.shape is None or not free for a in found)
 
 
 def _deploy(

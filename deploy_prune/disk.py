@@ -74,12 +74,17 @@ def fsync(path: Path) -> None:
         os.close(fd)
 
 
+def real_path(destination: str | Path) -> Path:
+    """Return the path of a folder that may not be there yet, links followed: each has one lock, and one name beside."""
+    return Path(os.path.realpath(destination))
+
+
 @contextmanager
 def locked(destination: str | Path) -> Iterator[None]:
     """Hold the lock of a bundle folder; raises SystemStateError when another run holds it."""
     from filelock import FileLock, Timeout  # readers need no lock, and start faster without it
 
-    destination = Path(os.path.abspath(destination))
+    destination = real_path(destination)
     lock = FileLock(destination.parent / f".{destination.name}.lock")
     with disk_errors(destination):
         try:

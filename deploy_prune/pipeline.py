@@ -23,7 +23,7 @@ from .checkpoint import Dense, load_config, load_dense, save_sliced
 from .config import BenchSettings, Recipe
 from .costs import encoder_flops
 from .depth import Depth
-from .disk import disk_errors, write_atomically
+from .disk import disk_errors, real_path, write_atomically
 from .errors import BundleError, InputError, VerdictError
 from .evaluate import evaluate
 from .heads import Head
@@ -135,7 +135,8 @@ def _device(recipe: Recipe) -> torch.device:
 
 
 def _scratch(destination: Path) -> Path:
-    return destination.parent / f".{destination.name}.recovery"
+    whole = real_path(destination)
+    return whole.with_name(f".{whole.name}.recovery")
 
 
 @dataclass

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .bundle import Bundle, Manifest
-from .disk import disk_errors, fsync, locked
+from .disk import disk_errors, fsync, locked, real_path
 from .errors import BundleError, DeployPruneError, InputError
 
 
@@ -23,7 +23,7 @@ def staging(destination: str | Path, aside: Path | None = None) -> Iterator[Bund
     The caller fills it and calls `publish`. Holds a lock, so that two runs cannot write one bundle. What was committed
     before a kill, Ctrl-C or a crash is moved to the folder `aside`, where its artifacts can be taken over from.
     """
-    destination = Path(os.path.abspath(destination))
+    destination = real_path(destination)
     if destination.exists() and not (destination / "manifest.json").is_file():
         if not destination.is_dir():
             raise InputError(
@@ -71,7 +71,7 @@ def _set_aside(root: Path, aside: Path | None) -> None:
 
 def publish(bundle: Bundle, destination: str | Path) -> Bundle:
     """Swap a finished staging bundle into place as a whole and return it opened there."""
-    destination = Path(os.path.abspath(destination))
+    destination = real_path(destination)
     bundle.commit()
     with disk_errors(destination):
         for path in bundle.root.rglob("*"):

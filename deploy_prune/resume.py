@@ -24,7 +24,7 @@ from . import parallel
 from .archs import config_of
 from .config import Recipe
 from .costs import Budget
-from .disk import code_hash, sha256_file
+from .disk import code_hash, real_path, sha256_file
 from .errors import DeployPruneError, InputError, LostProcessError
 from .heads import Head
 from .stages import Options
@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 def resume_folder(destination: Path) -> Path:
     """Return where the results of runs that were killed lie: hidden, beside the bundle."""
-    whole = Path(os.path.abspath(destination))
+    whole = real_path(destination)
     return whole.with_name(f".{whole.name}.resume")
 
 

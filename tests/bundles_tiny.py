@@ -6,6 +6,7 @@ import atexit
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -158,17 +159,29 @@ def make_bundle(root: Path, family: str = "bert", kind: str = "classification") 
     return bundle, models
 
 
+def make_exported(
+    root: Path,
+    family: str = "bert",
+    kind: str = "classification",
+    *,
+    formats: Sequence[str] = ("onnx",),
+    variants: Sequence[Any] = ("dense", "sliced"),
+) -> Bundle:
+    """Write a bundle with the files of some formats and variants."""
+    from deploy_prune.export import export_bundle
+
+    bundle, models = make_bundle(root, family, kind)
+    export_bundle(bundle, formats=list(formats), variants=tuple(variants), models=models).check()
+    bundle.commit()
+    return bundle
+
+
 @cache
 def _exported(formats: tuple[str, ...]) -> Path:
     """Make one exported BERT bundle for all tests of the session."""
-    from deploy_prune.export import export_bundle
-
     folder = Path(tempfile.mkdtemp(prefix="deploy-prune-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    bundle, models = make_bundle(folder / "bundle")
-    export_bundle(bundle, formats=formats, models=models).check()
-    bundle.commit()
-    return bundle.root
+    return make_exported(folder / "bundle", formats=formats, variants=VARIANTS).root
 
 
 def exported_bundle(tmp_path: Path, *formats: str) -> Bundle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import socket
 import threading
@@ -43,7 +44,7 @@ def running(
     ready, failed = threading.Event(), []
 
     async def listens() -> None:
-        while not (server.port and server.grpc_port):
+        while not (server.port and (server.grpc_port or where.grpc_port is None)):
             await asyncio.sleep(0.01)
 
     def work() -> None:
@@ -63,6 +64,7 @@ def running(
         ready.set()
 
     thread = threading.Thread(target=work)
+    server.thread = thread  # type: ignore[attr-defined]
     thread.start()
     assert ready.wait(60)
     if failed:
@@ -79,13 +81,15 @@ def running(
 
 
 def ask(
-    server: Server, path: str = PATH, body: Any = GOOD, headers: dict[str, str] | None = None
-) -> tuple[int, dict[str, Any]]:
-    """Return the status and the document that the server answers over HTTP."""
+    server: Server, path: str | None = None, body: Any = None, headers: dict[str, str] | None = None
+) -> tuple[int, Any]:
+    """Return the status and the document that the server answers over HTTP; without a path, to the good request."""
+    if path is None:
+        path, body = PATH, GOOD
     raw = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", raw, headers or {})
     try:
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, json.loads(response.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())
@@ -96,6 +100,26 @@ def calling(server: Server, method: str = "ModelInfer") -> Iterator[Callable[...
     """Yield a method of the server that takes and gives messages as they are on the wire."""
     with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
         yield channel.unary_unary(f"/inference.GRPCInferenceService/{method}", lambda x: x, lambda x: x)
+
+
+@contextmanager
+def client_of(server: Server, protocol: str) -> Iterator[tuple[Any, Any]]:
+    """Yield tritonclient's client of a server, for grpc or else for HTTP, and the module that it is from."""
+    module: Any = importlib.import_module(f"tritonclient.{'grpc' if protocol == 'grpc' else 'http'}")
+    port = server.grpc_port if protocol == "grpc" else server.port
+    client = module.InferenceServerClient(f"127.0.0.1:{port}")
+    try:
+        yield client, module
+    finally:
+        client.close()
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """Wait until something is so, 30 seconds at most."""
+    until = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def closed_after(connection: socket.socket) -> float:

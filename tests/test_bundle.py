@@ -18,6 +18,7 @@ from deploy_prune.cli import invoke
 from deploy_prune.disk import locked, write_atomically
 from deploy_prune.errors import BundleError, InputError, SystemStateError
 from deploy_prune.publishing import publish, staging
+from deploy_prune.resume import resume_folder
 
 
 def make(destination: Path, text: str = "one") -> Bundle:
@@ -67,6 +68,20 @@ def test_two_runs_cannot_write_one_bundle(tmp_path: Path) -> None:
         )
         assert done.stdout.strip() == "refused", done.stderr
     with locked(tmp_path / "b"):
+        pass
+
+
+def test_a_bundle_behind_a_link_has_one_lock_and_stays_behind_it(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    folder, link = tmp_path / "store" / "v1", tmp_path / "current"
+    link.symlink_to(folder)
+    for text in ("one", "two"):  # where there is none yet, and over one that is there
+        assert make(link, text).path("sliced/weights.txt").read_text() == text
+    assert link.is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["current", "store"]
+    assert sorted(p.name for p in folder.parent.iterdir()) == [".v1.lock", "v1"]
+    assert resume_folder(link) == resume_folder(folder)
+    with locked(link), pytest.raises(SystemStateError, match="Another run"), locked(folder):
         pass
 
 

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from bundles_tiny import exported_bundle
 from tools.wheel import ROOT, build_wheel
 
 from deploy_prune.serve import load
@@ -25,11 +24,6 @@ assert set(answer["scores"]) == {"no", "yes"}, answer
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 print(answer["label"], f"{answer['score']:.4f}")
 """
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported_bundle(tmp_path_factory.mktemp("edge")).root
 
 
 def test_neither_torch_nor_transformers_is_imported(root: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import shutil
+import signal
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -17,17 +20,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles_tiny import make_bundle
+from bundles_tiny import make_exported
 
 pytest.importorskip("tritonclient", reason="the extra 'serve' is not installed")
-import tritonclient.grpc as triton_grpc
-import tritonclient.http as triton_http
-from servers_tiny import infer, running
+from servers_tiny import ask, client_of, infer, running, wait_until
 from tritonclient.utils import InferenceServerException
 
-from deploy_prune.export import export_bundle
 from deploy_prune.serve import load
-from deploy_prune.server.models import Serving
+from deploy_prune.server.models import Serving, Version
 from deploy_prune.server.run import Server, log_formatter
 
 HEADS = ("classification", "regression", "token", "qa", "embedding")
@@ -39,10 +39,7 @@ PAIRS = [("who?", "a warm scene of paris"), ("what is it", "joke"), ("when", "it
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
     for head in HEADS:
-        bundle, models = make_bundle(tmp_path_factory.mktemp("served") / head, kind=head)
-        export_bundle(bundle, formats=["onnx"], variants=("dense", "sliced"), models=models).check()
-        bundle.commit()
-        made[head] = bundle.root
+        made[head] = make_exported(tmp_path_factory.mktemp("served") / head, kind=head).root
     return made
 
 
@@ -54,16 +51,6 @@ def server(bundles: dict[str, Path]) -> Iterator[Server]:
 
 def url(server: Server, path: str = "") -> str:
     return f"http://127.0.0.1:{server.port}{path}"
-
-
-def post(server: Server, path: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(url(server, path), raw, headers or {"content-type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return response.status, json.loads(response.read())
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
 
 
 def feeds(rows: int = 2, tokens: int = 7, seed: int = 0) -> dict[str, np.ndarray]:
@@ -80,15 +67,11 @@ def expected(root: Path, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("protocol", ["json", "binary", "grpc"])
 def test_raw_tensors(server: Server, bundles: dict[str, Path], head: str, protocol: str) -> None:
     given = feeds()
-    if protocol == "grpc":
-        client: Any = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
-        found = infer(client, triton_grpc, head, given)
-    else:
-        client = triton_http.InferenceServerClient(f"127.0.0.1:{server.port}")
-        found = infer(client, triton_http, head, given, binary_data=protocol == "binary")
+    how = {} if protocol == "grpc" else {"binary_data": protocol == "binary"}
+    with client_of(server, protocol) as (client, module):
+        found = infer(client, module, head, given, **how)
     for name, array in expected(bundles[head], given).items():
         assert np.array_equal(found.as_numpy(name), array)
-    client.close()
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -96,10 +79,8 @@ def test_raw_tensors(server: Server, bundles: dict[str, Path], head: str, protoc
 def test_texts_in_answers_out(server: Server, bundles: dict[str, Path], head: str, protocol: str) -> None:
     texts = PAIRS if head == "qa" else TEXTS
     array = np.array([[t.encode() for t in p] if head == "qa" else p.encode() for p in texts], dtype=object)
-    module: Any = triton_grpc if protocol == "grpc" else triton_http
-    port = server.grpc_port if protocol == "grpc" else server.port
-    client = module.InferenceServerClient(f"127.0.0.1:{port}")
-    found = infer(client, module, f"{head}.answers", {"text": array})
+    with client_of(server, protocol) as (client, module):
+        found = infer(client, module, f"{head}.answers", {"text": array})
     with load(bundles[head], threads=1) as predictor:
         wanted = predictor(texts)
     answers = [json.loads(a) for a in found.as_numpy("answer")]
@@ -122,28 +103,24 @@ def test_texts_in_answers_out(server: Server, bundles: dict[str, Path], head: st
         assert found.as_numpy("value") == pytest.approx(np.array([w["value"] for w in wanted]), abs=1e-6)
     if head == "classification":
         assert [x.decode() for x in found.as_numpy("label")] == [w["label"] for w in wanted]
-    client.close()
 
 
 def test_metadata_health_and_index(server: Server) -> None:
-    http = triton_http.InferenceServerClient(f"127.0.0.1:{server.port}")
-    grpc = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
-    for client in (http, grpc):
-        assert client.is_server_live()
-        assert client.is_server_ready()
-        assert client.is_model_ready("qa")
-        assert client.is_model_ready("qa", "1")
-    said = http.get_model_metadata("token")
-    assert said["versions"] == ["1"]
-    assert {t["name"]: (t["datatype"], t["shape"]) for t in said["inputs"]}["input_ids"] == ("INT64", [-1, -1])
-    assert said["outputs"][0]["shape"][:2] == [-1, -1]
-    assert grpc.get_model_metadata("token").outputs[0].name == "logits"
-    assert grpc.get_model_metadata("qa.answers").inputs[0].datatype == "BYTES"
-    assert {m["name"] for m in http.get_model_repository_index()} == set(HEADS)
-    assert {m.state for m in grpc.get_model_repository_index().models} == {"READY"}
-    assert http.get_server_metadata()["name"] == "deploy_prune"
-    http.close()
-    grpc.close()
+    with client_of(server, "http") as (http, _), client_of(server, "grpc") as (grpc, _):
+        for client in (http, grpc):
+            assert client.is_server_live()
+            assert client.is_server_ready()
+            assert client.is_model_ready("qa")
+            assert client.is_model_ready("qa", "1")
+        said = http.get_model_metadata("token")
+        assert said["versions"] == ["1"]
+        assert {t["name"]: (t["datatype"], t["shape"]) for t in said["inputs"]}["input_ids"] == ("INT64", [-1, -1])
+        assert said["outputs"][0]["shape"][:2] == [-1, -1]
+        assert grpc.get_model_metadata("token").outputs[0].name == "logits"
+        assert grpc.get_model_metadata("qa.answers").inputs[0].datatype == "BYTES"
+        assert {m["name"] for m in http.get_model_repository_index()} == set(HEADS)
+        assert {m.state for m in grpc.get_model_repository_index().models} == {"READY"}
+        assert http.get_server_metadata()["name"] == "deploy_prune"
 
 
 def test_curl(server: Server) -> None:
@@ -190,11 +167,11 @@ def changed(name: str, /, **changes: Any) -> dict[str, Any]:
     ],
 )
 def test_malformed_requests_are_told(server: Server, body: Any, status: int, said: str) -> None:
-    found, document = post(server, "/v2/models/classification/infer", body)
+    found, document = ask(server, "/v2/models/classification/infer", body)
     assert found == status, document
     assert said in document["error"]
     assert "Traceback" not in document["error"]
-    assert post(server, "/v2/models/classification/infer", changed("input_ids"))[0] == 200
+    assert ask(server, "/v2/models/classification/infer", changed("input_ids"))[0] == 200
 
 
 def long_text(characters: int) -> dict[str, Any]:
@@ -215,35 +192,33 @@ def test_what_is_longer_than_the_model_reads_is_refused(server: Server, name: st
             tensor |= {"shape": [1, 67], "data": given[tensor["name"]].tolist()}
     else:
         given = {"text": np.array([body["inputs"][0]["data"][0].encode()], dtype=object)}
-    status, document = post(server, f"/v2/models/{name}/infer", body)
+    status, document = ask(server, f"/v2/models/{name}/infer", body)
     assert (status, said in document["error"]) == (413, True), document
-    client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
-    with pytest.raises(InferenceServerException, match="INVALID_ARGUMENT"):
-        infer(client, triton_grpc, name, given)
-    client.close()
+    raised = pytest.raises(InferenceServerException, match="INVALID_ARGUMENT")
+    with client_of(server, "grpc") as (client, module), raised:
+        infer(client, module, name, given)
 
 
 def test_texts_beyond_the_models_length_are_cut(server: Server) -> None:
-    found = [post(server, "/v2/models/classification.answers/infer", long_text(n)) for n in (5_000, 60_000)]
+    found = [ask(server, "/v2/models/classification.answers/infer", long_text(n)) for n in (5_000, 60_000)]
     assert [status for status, _ in found] == [200, 200]
     assert found[0][1]["outputs"] == found[1][1]["outputs"]
 
 
 def test_unknown_models_and_versions(server: Server) -> None:
-    assert post(server, "/v2/models/nobody/infer", changed("input_ids"))[0] == 404
-    assert post(server, "/v2/models/qa/versions/9/infer", changed("input_ids"))[0] == 404
-    assert post(server, "/v2/models/qa/versions/x/infer", changed("input_ids"))[0] == 404
-    client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
-    with pytest.raises(InferenceServerException, match="NOT_FOUND"):
-        infer(client, triton_grpc, "nobody", feeds())
-    with pytest.raises(InferenceServerException, match="INVALID_ARGUMENT"):
-        infer(client, triton_grpc, "qa", {"input_ids": feeds()["input_ids"]})
-    client.close()
+    assert ask(server, "/v2/models/nobody/infer", changed("input_ids"))[0] == 404
+    assert ask(server, "/v2/models/qa/versions/9/infer", changed("input_ids"))[0] == 404
+    assert ask(server, "/v2/models/qa/versions/x/infer", changed("input_ids"))[0] == 404
+    with client_of(server, "grpc") as (client, module):
+        with pytest.raises(InferenceServerException, match="NOT_FOUND"):
+            infer(client, module, "nobody", feeds())
+        with pytest.raises(InferenceServerException, match="INVALID_ARGUMENT"):
+            infer(client, module, "qa", {"input_ids": feeds()["input_ids"]})
 
 
 def test_large_bodies_are_refused(bundles: dict[str, Path]) -> None:
     with running({"m": bundles["classification"]}, most_bytes=2048, grpc_port=None) as server:
-        status, document = post(server, "/v2/models/m/infer", b" " * 4096)
+        status, document = ask(server, "/v2/models/m/infer", b" " * 4096)
         assert (status, "4,096 bytes" in document["error"]) == (413, True)
 
 
@@ -256,9 +231,8 @@ def test_requests_share_runs_and_get_their_own_answers(bundles: dict[str, Path])
         found: dict[int, np.ndarray] = {}
 
         def one(number: int) -> None:
-            client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
-            found[number] = infer(client, triton_grpc, "m", given[number]).as_numpy("logits")
-            client.close()
+            with client_of(server, "grpc") as (client, module):
+                found[number] = infer(client, module, "m", given[number]).as_numpy("logits")
 
         threads = [threading.Thread(target=one, args=(i,)) for i in range(len(given))]
         for thread in threads:
@@ -282,14 +256,12 @@ def test_a_full_queue_is_said(bundles: dict[str, Path], protocol: str) -> None:
 
         def one(_: int) -> str:
             if protocol == "http":
-                return str(post(server, "/v2/models/m/infer", changed("input_ids"))[0])
-            client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
-            try:
-                infer(client, triton_grpc, "m", feeds())
-            except InferenceServerException as error:
-                return str(error.status())
-            finally:
-                client.close()
+                return str(ask(server, "/v2/models/m/infer", changed("input_ids"))[0])
+            with client_of(server, "grpc") as (client, module):
+                try:
+                    infer(client, module, "m", feeds())
+                except InferenceServerException as error:
+                    return str(error.status())
             return "200"
 
         with ThreadPoolExecutor(10) as pool:
@@ -304,12 +276,36 @@ def test_a_full_queue_is_said(bundles: dict[str, Path], protocol: str) -> None:
 def test_a_short_drain_is_not_none(bundles: dict[str, Path]) -> None:
     where, serving = {"m": bundles["classification"]}, Serving(threads=1, wait=0.6)
     with running(where, serving=serving, drain_seconds=0.9) as server, ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(post, server, "/v2/models/m/infer", changed("input_ids"))
-        until = time.monotonic() + 10
-        while not waiting(server):
-            assert time.monotonic() < until
+        asked = pool.submit(ask, server, "/v2/models/m/infer", changed("input_ids"))
+        wait_until(lambda: waiting(server))
         server.loop.call_soon_threadsafe(server.stop)  # type: ignore[attr-defined]
         assert asked.result(30)[0] == 200
+
+
+def test_both_protocols_are_drained_in_one_drain(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    async def endless(self: Version, feeds: Any) -> Any:
+        begun.append(self)
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(Version, "infer", endless)
+
+    def ask_grpc(server: Server) -> None:
+        with client_of(server, "grpc") as (client, module):
+            infer(client, module, "m", feeds())
+
+    def ask_http(server: Server) -> None:
+        ask(server, "/v2/models/m/infer", changed("input_ids"))
+
+    with running({"m": bundles["classification"]}, drain_seconds=2.0) as server, ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(one, server) for one in (ask_grpc, ask_http)]
+        wait_until(lambda: len(begun) == 2)
+        started = time.monotonic()
+        server.loop.call_soon_threadsafe(server.stop)  # type: ignore[attr-defined]
+        server.thread.join(30)  # type: ignore[attr-defined]
+        assert 1.9 < time.monotonic() - started < 3.5
+        assert all(a.exception(30) is not None for a in asked)  # cut off
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
@@ -320,19 +316,30 @@ def test_what_waits_is_answered_before_the_end(bundles: dict[str, Path], protoco
 
         def one() -> None:
             if protocol == "grpc":
-                client: Any = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
-                answers.append(infer(client, triton_grpc, "m", given).as_numpy("logits"))
-                client.close()
+                with client_of(server, "grpc") as (client, module):
+                    answers.append(infer(client, module, "m", given).as_numpy("logits"))
             else:
-                answers.append(post(server, "/v2/models/m/infer", changed("input_ids"))[1]["outputs"][0]["data"])
+                answers.append(ask(server, "/v2/models/m/infer", changed("input_ids"))[1]["outputs"][0]["data"])
 
         thread = threading.Thread(target=one)
         thread.start()
-        until = time.monotonic() + 10
-        while not waiting(server):
-            assert time.monotonic() < until
+        wait_until(lambda: waiting(server))
     thread.join(30)  # the server has been stopped by now
     assert np.allclose(np.ravel(answers[0]), np.ravel(expected(bundles["classification"], given)["logits"]), atol=1e-5)
+
+
+def test_sigterm_ends_a_server_without_grpc(bundles: dict[str, Path]) -> None:
+    command = [sys.executable, "-m", "deploy_prune", "serve", f"m={bundles['classification']}", "--threads", "1"]
+    command += ["--port", "0", "--grpc-port", "-1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any('"message": "ready"' in line for line in process.stderr)
+        process.send_signal(signal.SIGTERM)
+        try:
+            _, said = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, '"message": "stopped"' in said) == (0, True)
 
 
 def metrics_of(server: Server) -> str:
@@ -356,20 +363,19 @@ def test_a_token_is_asked_for(bundles: dict[str, Path]) -> None:
     token = "0123456789abcdef"
     with running({"m": bundles["classification"]}, token=token) as server:
         path = "/v2/models/m/infer"
-        assert post(server, path, changed("input_ids"))[0] == 401
-        assert post(server, path, changed("input_ids"), {"authorization": "Bearer wrong"})[0] == 401
-        assert post(server, path, changed("input_ids"), {"authorization": f"Bearer {token}"})[0] == 200
-        client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
-        assert client.is_server_live()
-        with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
-            infer(client, triton_grpc, "m", feeds())
-        assert client.is_model_ready("m", headers={"authorization": f"Bearer {token}"})
-        client.close()
+        assert ask(server, path, changed("input_ids"))[0] == 401
+        assert ask(server, path, changed("input_ids"), {"authorization": "Bearer wrong"})[0] == 401
+        assert ask(server, path, changed("input_ids"), {"authorization": f"Bearer {token}"})[0] == 200
+        with client_of(server, "grpc") as (client, module):
+            assert client.is_server_live()
+            with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
+                infer(client, module, "m", feeds())
+            assert client.is_model_ready("m", headers={"authorization": f"Bearer {token}"})
 
 
 def test_dense_stands_beside_sliced(bundles: dict[str, Path]) -> None:
     with running({"m": bundles["classification"]}, compare=True) as server:
         names = json.loads(urllib.request.urlopen(url(server, "/v2/models")).read())["models"]
         assert names == ["m", "m.answers", "m-dense", "m-dense.answers"]
-        answers = [post(server, f"/v2/models/{n}/infer", changed("input_ids"))[1] for n in ("m", "m-dense")]
+        answers = [ask(server, f"/v2/models/{n}/infer", changed("input_ids"))[1] for n in ("m", "m-dense")]
         assert answers[0]["outputs"][0]["data"] != answers[1]["outputs"][0]["data"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -11,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 import yaml
-from bundles_tiny import make_bundle
+from bundles_tiny import make_bundle, make_exported
 from typer.testing import CliRunner
 
 pytest.importorskip("tritonclient", reason="the extra 'serve' is not installed")
@@ -20,20 +23,19 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from deploy_prune.bundle import Artifact, Bundle, Parity
 from deploy_prune.cli import app
+from deploy_prune.config import ServeSettings
 from deploy_prune.errors import InputError
-from deploy_prune.export import export_bundle
 from deploy_prune.export.serving.kserve import inference_service
 from deploy_prune.export.serving.triton import settings_of, tokenizer_settings, write_triton
 from deploy_prune.runtimes.ort import OrtRunner
 from deploy_prune.serve import load
 
+UNIT = Path(__file__).resolve().parents[1] / "recipes" / "serving" / "deploy-prune.service"
+
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    made, models = make_bundle(tmp_path_factory.mktemp("deploy") / "tiny", kind="classification")
-    export_bundle(made, formats=["onnx"], variants=("sliced",), models=models).check()
-    made.commit()
-    return made
+    return make_exported(tmp_path_factory.mktemp("deploy") / "tiny", variants=("sliced",))
 
 
 def test_the_repository_is_what_triton_reads(bundle: Bundle, tmp_path: Path) -> None:
@@ -78,6 +80,25 @@ def test_an_engine_stands_beside_the_model_once_it_was_compared(bundle: Bundle, 
         assert engine.model_warmup[0].inputs["input_ids"].dims == [24]
         assert engine.version_policy.latest.num_versions == 2
         assert engine.HasField("dynamic_batching")
+
+
+def test_an_onnx_file_of_one_shape_is_not_put_behind_a_tokenizer(bundle: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(bundle.root, tmp_path / "b")
+    made = Bundle.open(tmp_path / "b")
+    fixed = {"shape": (4, 24), "key": "of one shape"}
+    made.manifest.artifacts = [a.model_copy(update=fixed) for a in made.manifest.artifacts]
+    made.commit()
+    with pytest.raises(InputError, match=r"ONNX of the one shape \(4, 24\) only"):
+        write_triton(made, tmp_path / "r", name="m")
+    assert not (tmp_path / "r").exists()
+    command = ["export", str(made.root), "--format", "triton", "--out", str(tmp_path / "r"), "--name", "m"]
+    done = CliRunner().invoke(app, command)  # which makes the file that Triton needs
+    assert done.exit_code == 0, done.output
+    model, texts = (settings_of(tmp_path / "r" / name / "config.pbtxt") for name in ("m", "m-texts"))
+    assert {tuple(t.dims) for t in model.input} == {(-1,)}
+    assert (model.max_batch_size, texts.max_batch_size) == (32, 32)
+    with OrtRunner(tmp_path / "r" / "m" / "1" / "model.onnx") as runner:
+        assert all(isinstance(axis, str) for i in runner.inputs for axis in i.shape)
 
 
 def test_a_second_time_is_a_new_version(bundle: Bundle, tmp_path: Path) -> None:
@@ -160,3 +181,23 @@ def test_the_command_exports_what_a_server_needs(tmp_path: Path) -> None:
 def test_what_a_server_lacks_is_said(bundle: Bundle, flags: list[str], said: str) -> None:
     with pytest.raises(InputError, match=said):
         CliRunner().invoke(app, ["export", str(bundle.root), *flags], catch_exceptions=False)
+
+
+def test_the_systemd_unit_is_one(tmp_path: Path) -> None:
+    """Let systemd read it, and the command line its command, which has time to end before it is killed."""
+    unit = configparser.RawConfigParser(strict=False)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read_string(UNIT.read_text("utf-8"))
+    program, command, *arguments = unit["Service"]["ExecStart"].split()
+    assert (Path(program).name, command) == ("deploy-prune", "serve")
+    parsed = typer.main.get_command(app).commands[command].make_context(command, arguments)  # type: ignore[attr-defined]
+    assert parsed.params["bundles"] == ["default=/var/lib/deploy-prune/models/default"]
+    assert parsed.params["poll"] is True
+    drain = ServeSettings().drain_seconds
+    assert float(unit["Service"]["TimeoutStopSec"]) >= drain + 5  # a run of the model, and what is closed behind it
+    if (systemd := shutil.which("systemd-analyze")) is None:
+        pytest.skip("no systemd-analyze on this machine: the unit was read as a file of settings alone")
+    path = tmp_path / UNIT.name
+    path.write_text(UNIT.read_text("utf-8").replace(program, sys.executable), "utf-8")
+    done = subprocess.run([systemd, "verify", str(path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import socket
 import ssl
 import struct
+import time
 import tracemalloc
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles_tiny import exported_bundle
 from fuzz.mutation import mutate
 
 pytest.importorskip("tritonclient", reason="the extra 'serve' is not installed")
@@ -27,32 +28,24 @@ import grpc
 import schemathesis
 import trustme
 from hypothesis import HealthCheck, given, settings
-from servers_tiny import GOOD, PATH, ask, closed_after, running
+from servers_tiny import GOOD, PATH, ask, client_of, closed_after, infer, running, wait_until
+from starlette.datastructures import URL
+from starlette.requests import Request
+from tritonclient.utils import InferenceServerException
 
 from deploy_prune.config import ServeSettings
-from deploy_prune.errors import InputError
-from deploy_prune.server.connections import TimedProtocol, is_loopback
-from deploy_prune.server.engine import Held
+from deploy_prune.errors import InputError, SystemStateError
+from deploy_prune.server.connections import TimedProtocol, WebServer, is_loopback
+from deploy_prune.server.engine import Engine, Held
 from deploy_prune.server.errors import BusyError
-from deploy_prune.server.http import Bodies, foreign
-from deploy_prune.server.models import Version
+from deploy_prune.server.http import Bodies, foreign, make_app
+from deploy_prune.server.models import Models, Serving, Version
 from deploy_prune.server.run import Listening, Server
 from deploy_prune.server.tensors import from_json
 
 SHORT = settings(
     max_examples=25, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported_bundle(tmp_path_factory.mktemp("hostile")).root
-
-
-@pytest.fixture(scope="module")
-def server(root: Path) -> Iterator[Server]:
-    with running({"m": root}, body_seconds=0.5, most_bytes=1 << 20) as started:
-        yield started
 
 
 def connect(server: Server) -> socket.socket:
@@ -234,15 +227,8 @@ def test_the_servers_own_faults_show_nothing_of_it(server: Server, monkeypatch: 
     status, said = ask(server)
     assert (status, sorted(said)) == (500, ["error"])
     assert said["error"].startswith("Internal error ")
-    import tritonclient.grpc as client_of
-    from tritonclient.utils import InferenceServerException
-
-    tensor = client_of.InferInput("input_ids", [1, 1], "INT64")
-    tensor.set_data_from_numpy(np.ones((1, 1), np.int64))
-    client = client_of.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
-    with pytest.raises(InferenceServerException) as caught:
-        client.infer("m", [tensor])
-    client.close()
+    with client_of(server, "grpc") as (client, module), pytest.raises(InferenceServerException) as caught:
+        infer(client, module, "m", {"input_ids": np.ones((1, 1), np.int64)})
     assert "secret" not in str(caught.value)
 
 
@@ -278,15 +264,26 @@ def test_loopback_is_the_default(server: Server) -> None:
             socket.create_connection((address, server.port), timeout=2).close()
 
 
-def test_tls(root: Path, tmp_path: Path) -> None:
-    authority = trustme.CA()
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(scope="module")
+def pair(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the files of a certificate and its key."""
+    folder = tmp_path_factory.mktemp("tls")
     issued = authority.issue_cert("127.0.0.1", "localhost")
-    issued.private_key_pem.write_to_path(tmp_path / "key.pem")
+    issued.private_key_pem.write_to_path(folder / "key.pem")
     for blob in issued.cert_chain_pems:
-        blob.write_to_path(tmp_path / "cert.pem", append=True)
+        blob.write_to_path(folder / "cert.pem", append=True)
+    return {"certificate": folder / "cert.pem", "key": folder / "key.pem"}
+
+
+def test_tls(root: Path, authority: trustme.CA, pair: dict[str, Path]) -> None:
     context = ssl.create_default_context()
     authority.configure_trust(context)
-    with running({"m": root}, certificate=tmp_path / "cert.pem", key=tmp_path / "key.pem") as server:
+    with running({"m": root}, **pair) as server:
         request = urllib.request.Request(f"https://127.0.0.1:{server.port}{PATH}", json.dumps(GOOD).encode())
         with urllib.request.urlopen(request, context=context, timeout=30) as response:
             assert response.status == 200
@@ -298,6 +295,81 @@ def test_tls(root: Path, tmp_path: Path) -> None:
         with grpc.secure_channel(f"localhost:{server.grpc_port}", trusted) as channel:
             call = channel.unary_unary("/inference.GRPCInferenceService/ServerLive", lambda x: x, lambda x: x)
             assert call(b"", timeout=10) == b"\x08\x01"
+
+
+def test_a_certificate_with_the_key_of_another_is_told(
+    authority: trustme.CA, pair: dict[str, Path], tmp_path: Path
+) -> None:
+    authority.issue_cert("localhost").private_key_pem.write_to_path(tmp_path / "other.pem")
+    with pytest.raises(InputError, match=r"other\.pem are no certificate and its key: .*MISMATCH"):
+        Listening(certificate=pair["certificate"], key=tmp_path / "other.pem")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_tls_handshakes_that_never_end_are_cut_off(root: Path, pair: dict[str, Path]) -> None:
+    with running({"m": root}, grpc_port=None, **pair) as server, connect(server) as connection:
+        assert closed_after(connection) < 10
+
+
+@pytest.mark.parametrize("with_error", [True, False])
+def test_an_http_server_that_dies_ends_the_process_with_an_error(
+    root: Path, monkeypatch: pytest.MonkeyPatch, with_error: bool
+) -> None:
+    async def main_loop(self: WebServer) -> None:
+        await asyncio.sleep(0.5)
+        if with_error:
+            raise RuntimeError("no more")
+
+    monkeypatch.setattr(WebServer, "main_loop", main_loop)
+
+    def wait() -> None:
+        with running({"m": root}, loaded=False) as server:
+            server.thread.join(30)  # type: ignore[attr-defined]
+            assert not server.thread.is_alive()  # type: ignore[attr-defined]
+
+    with pytest.raises(SystemStateError, match="has ended by itself") as raised:
+        wait()
+    assert isinstance(raised.value.__cause__, RuntimeError) == with_error
+
+
+def test_clients_that_go_away_are_no_fault_of_the_server(server: Server) -> None:
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    log = logging.getLogger("deploy_prune.server")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        with connect(server) as connection:
+            connection.sendall(f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\nhalf".encode())
+            time.sleep(0.1)  # until it is read
+        wait_until(lambda: bool(records))
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+    assert [(r.levelname, r.exc_info) for r in records] == [("DEBUG", None)]
+
+
+@pytest.mark.parametrize("host", ["x/v2/health/live?", "x/v2/health/live#", "x"])
+def test_a_host_header_does_not_pass_for_a_path_without_a_token(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def url(request: Request) -> URL:  # as Starlette had it before 1.0.1
+        return URL(f"http://{request.headers['host']}{request.scope['path']}")
+
+    monkeypatch.setattr(Request, "url", property(url))
+    app = make_app(Engine(Models(Serving())), token="0123456789abcdef")
+    scope = {"type": "http", "method": "GET", "path": "/v2/models", "query_string": b"", "root_path": ""}
+    scope |= {"headers": [(b"host", host.encode())]}
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 401
 
 
 def test_the_description_of_the_service_holds(server: Server) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles_tiny import exported_bundle
 
 pytest.importorskip("tritonclient", reason="the extra 'serve' is not installed")
 import grpc
@@ -27,17 +26,6 @@ from deploy_prune.errors import InputError
 from deploy_prune.server import rpc
 from deploy_prune.server.models import Serving, Version
 from deploy_prune.server.run import Server
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported_bundle(tmp_path_factory.mktemp("hostile")).root
-
-
-@pytest.fixture(scope="module")
-def server(root: Path) -> Iterator[Server]:
-    with running({"m": root}, body_seconds=0.5, most_bytes=1 << 20) as started:
-        yield started
 
 
 def grpc_request(most: int = 0) -> bytes:
@@ -125,6 +113,17 @@ def test_grpc_garbage_is_refused(server: Server) -> None:
             call(b"\0" * (1 << 21), timeout=10)
         assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert ask(server)[0] == 200
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+def test_compressed_messages_are_bounded_while_they_are_unpacked(server: Server, compression: Any) -> None:
+    with calling(server) as call:
+        answer = pb.ModelInferResponse.FromString(call(grpc_request(), timeout=20, compression=compression))
+        assert answer.outputs[0].name == "logits"
+        with pytest.raises(grpc.RpcError) as caught:
+            call(grpc_request() + b"\0" * (1 << 26), timeout=20, compression=compression)
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "Decompressed message larger than max" in caught.value.details()  # not after it took 64 MiB
 
 
 def test_grpc_connections_that_say_nothing_are_cut_off(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

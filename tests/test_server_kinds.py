@@ -11,13 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles_tiny import exported_bundle, make_bundle
+from bundles_tiny import exported_bundle, make_exported
 from PIL import Image
 
 pytest.importorskip("tritonclient", reason="the extra 'serve' is not installed")
-import tritonclient.grpc as triton_grpc
-import tritonclient.http as triton_http
-from servers_tiny import running
+from servers_tiny import client_of, infer, running
 from tritonclient.utils import InferenceServerException
 
 from deploy_prune.bundle import Bundle
@@ -36,22 +34,14 @@ def protocol(request: pytest.FixtureRequest) -> str:
 
 def answers_of(server: Server, protocol: str, name: str, given: list[bytes]) -> list[Any]:
     """Ask the model m.answers for texts or image files; return its answers. Raises InferenceServerException."""
-    module: Any = triton_grpc if protocol == "grpc" else triton_http
-    client = module.InferenceServerClient(f"127.0.0.1:{server.grpc_port if protocol == 'grpc' else server.port}")
-    tensor = module.InferInput(name, [len(given)], "BYTES")
-    tensor.set_data_from_numpy(np.array(given, dtype=object))
-    try:
-        return [json.loads(a) for a in client.infer("m.answers", [tensor]).as_numpy("answer")]
-    finally:
-        client.close()
+    with client_of(server, protocol) as (client, module):
+        found = infer(client, module, "m.answers", {name: np.array(given, dtype=object)})
+    return [json.loads(a) for a in found.as_numpy("answer")]
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    bundle, models = make_bundle(tmp_path_factory.mktemp("kinds") / "vit", "vit")
-    export_bundle(bundle, formats=["onnx"], variants=("sliced",), models=models).check()
-    bundle.commit()
-    return bundle.root
+    return make_exported(tmp_path_factory.mktemp("kinds") / "vit", "vit", variants=("sliced",)).root
 
 
 @pytest.fixture(scope="module")

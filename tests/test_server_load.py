@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles_tiny import make_bundle
+from bundles_tiny import make_exported
 
 pytest.importorskip("tritonclient", reason="the extra 'serve' is not installed")
-
-from deploy_prune.export import export_bundle
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "serving"
 
@@ -29,20 +27,13 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported(tmp_path_factory.mktemp("load") / "one", ("dense", "sliced"))
-
-
-def exported(root: Path, variants: tuple[Any, ...], family: str = "bert") -> Path:
-    made, models = make_bundle(root, family)
-    export_bundle(made, formats=["onnx"], variants=variants, models=models).check()
-    made.commit()
-    return made.root
+    return make_exported(tmp_path_factory.mktemp("load") / "one").root
 
 
 def test_a_reload_and_a_kill_lose_nothing_unsaid(
     recipe: Any, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    second = exported(tmp_path / "two", ("sliced",), "electra")  # takes the same, answers otherwise
+    second = make_exported(tmp_path / "two", "electra", variants=("sliced",)).root  # takes the same, answers otherwise
     recipe.disturb(bundle, second, requests=600, clients=4, tokens=7)
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said["wrong"] == 0

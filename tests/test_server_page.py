@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 from browsers import open_browser, open_page
-from bundles_tiny import make_bundle
+from bundles_tiny import make_exported
 from PIL import Image
 
 pytest.importorskip("tritonclient", reason="the extra 'serve' is not installed")
 from servers_tiny import running
-
-from deploy_prune.export import export_bundle
 
 TOKEN = "0123456789abcdef"
 
@@ -30,10 +28,7 @@ def browser() -> Iterator[Any]:
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
     for head in ("classification", "qa"):
-        bundle, models = make_bundle(tmp_path_factory.mktemp("page") / head, kind=head)
-        export_bundle(bundle, formats=["onnx"], variants=("dense", "sliced"), models=models).check()
-        bundle.commit()
-        made[head] = bundle.root
+        made[head] = make_exported(tmp_path_factory.mktemp("page") / head, kind=head).root
     return made
 
 
@@ -93,9 +88,7 @@ def test_the_page_asks_for_the_token(browser: Any, bundles: dict[str, Path]) -> 
 
 
 def test_an_image_is_answered(browser: Any, bundles: dict[str, Path], tmp_path: Path) -> None:
-    bundle, models = make_bundle(tmp_path / "vit", "vit")
-    export_bundle(bundle, formats=["onnx"], variants=("sliced",), models=models).check()
-    bundle.commit()
+    bundle = make_exported(tmp_path / "vit", "vit", variants=("sliced",))
     Image.new("RGB", (20, 24), (200, 30, 30)).save(tmp_path / "red.png")
     trouble: list[str] = []
     with running({"vit": bundle.root}) as server:

@@ -20,14 +20,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles_tiny import make_bundle
+from bundles_tiny import make_exported
 
 pytest.importorskip("tritonclient", reason="the extra 'serve' is not installed")
 import tritonclient.http as http
 from google.protobuf import text_format
 
 from deploy_prune.bundle import Bundle
-from deploy_prune.export import export_bundle
 from deploy_prune.export.serving.triton import settings_of, write_triton
 from deploy_prune.serve import load
 
@@ -91,10 +90,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    made, models = make_bundle(tmp_path_factory.mktemp("triton") / "tiny", kind="classification")
-    export_bundle(made, formats=["onnx"], variants=("sliced",), models=models).check()
-    made.commit()
-    return made
+    return make_exported(tmp_path_factory.mktemp("triton") / "tiny", variants=("sliced",))
 
 
 @pytest.fixture(scope="module")

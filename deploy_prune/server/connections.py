@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+from collections.abc import Iterator
+from contextlib import contextmanager
+from socket import socket
 
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-CLIENT_SECONDS = 10.0  # for a request's head, the pause before it included, and to take an answer that waits
+CLIENT_SECONDS = 10.0  # for a TLS handshake, a request's head with the pause before it, and to take a waiting answer
 MOST_HEADER_BYTES = 1 << 14
 
 
@@ -56,6 +60,35 @@ class TimedProtocol(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+class WebServer(uvicorn.Server):
+    """Leave signals to who runs both protocols, and bound TLS handshakes, for which asyncio has a minute."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        config = self.config
+        seconds = TimedProtocol.client_seconds if config.ssl else None
+
+        def protocol() -> asyncio.Protocol:
+            return TimedProtocol(config=config, server_state=self.server_state, app_state={}, _loop=loop)
+
+        self.servers = [
+            await loop.create_server(
+                protocol,
+                sock=given,
+                ssl=config.ssl,
+                backlog=config.backlog,
+                ssl_handshake_timeout=seconds,
+                ssl_shutdown_timeout=seconds,
+            )
+            for given in sockets or ()
+        ]
+        self.started = True
 
 
 def is_loopback(host: str) -> bool:

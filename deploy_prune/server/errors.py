@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from ..errors import DeployPruneError, InputError
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import DeployPruneError, InputError, SystemStateError
 
 
 class NotFoundError(DeployPruneError):
@@ -50,3 +54,15 @@ def http_status(error: Exception) -> int | None:
 def grpc_status(error: Exception) -> str | None:
     """Return the name of the gRPC status of an error whose message is for clients; None as `http_status` does."""
     return next((status for kind, status in GRPC_STATUS if isinstance(error, kind)), None)
+
+
+@contextmanager
+def readable(source: Path) -> Iterator[None]:
+    """Raise SystemStateError where the disk does not give what is asked of a source."""
+    try:
+        yield
+    except OSError as error:
+        raise SystemStateError(
+            f"{error.filename or source} cannot be read: {error.strerror or error}.",
+            hint="The server's user needs the permission to read it.",
+        ) from error

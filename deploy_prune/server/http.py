@@ -17,6 +17,7 @@ from fastapi import FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from .. import __version__
 from ..errors import DeployPruneError, InputError
@@ -95,12 +96,15 @@ def make_app(
     async def guard(request: Request, call_next: Any) -> Response:
         if reason := foreign(request.headers, loopback):
             return _said(403, reason)
-        if token is not None and request.url.path not in OPEN:
+        if token is not None and request.scope["path"] not in OPEN:  # request.url has the Host header in it
             given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
             if not hmac.compare_digest(given, token.encode()):
                 return _said(401, "This server wants a token: Authorization: Bearer ...")
         try:
             return await call_next(request)
+        except ClientDisconnect:
+            log.debug("a client went away before its request was there")
+            return _said(400, "The request is not complete.")  # which nobody reads
         except Exception as error:
             return _failed(error)
 

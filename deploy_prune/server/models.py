@@ -6,11 +6,11 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from ..serve.loader import Predictor
 from ..serve.loader import load as open_bundle
 from ..signature import Signature
 from .batching import Arrays, Batcher, Merging
-from .errors import BusyError, NotFoundError, TooLargeError
+from .errors import BusyError, NotFoundError, TooLargeError, readable
 from .tensors import BYTES, datatype_of
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ WARM_ROWS = (1, 2)
 TOKEN_CHARACTERS = 128  # for each token that a model reads: longer texts are refused before they are tokenised and cut
 SHORT_TOKENS = 512  # texts of so many tokens are taken whatever the model reads
 LONG_TEXT = 1 << 20  # characters that no text may have
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -259,6 +260,7 @@ class Models:
         self.serving = serving
         self.entries: dict[str, Entry] = {}
         self.closing = False
+        self._changes: set[asyncio.Task[Any]] = set()
         self.on_load: Callable[[Version], None] = lambda version: None
 
     def add(self, name: str, source: Path, serving: Serving | None = None) -> None:
@@ -266,8 +268,13 @@ class Models:
 
         Raises InputError for a name that cannot stand in an address, or a source without a bundle.
         """
+        if source.is_file():
+            raise InputError(f"{source} is a file.", hint="Give the folder of a bundle: deploy-prune run makes one.")
         if not name or not all(c.isalnum() or c in "-_" for c in name):
-            raise InputError(f"{name!r} is no name for a model.", hint="Use letters, digits, - and _.")
+            raise InputError(
+                f"{name!r} is no name for a model: letters, digits, - and _ are.",
+                hint=f"Give it one as NAME=PATH: model={source}",
+            )
         if not sources(source):
             raise InputError(f"No bundle at {source}.", hint="Give a bundle, or a folder of bundles named 1, 2, ...")
         self.entries[name] = Entry(source, serving or self.serving)
@@ -281,32 +288,46 @@ class Models:
         """Open the newest version of a name, or the one that is asked for, and let it answer from now on.
 
         Requests that run are answered by the version they began with. The version before stays open, to go back to.
-        Raises NotFoundError for an unknown name or version; what answered before goes on where opening fails.
+        A load that has begun is finished, also where who asked for it goes away. Raises NotFoundError for an unknown
+        name or version, SystemStateError for what cannot be read; what answered before goes on where opening fails.
         """
         entry = self._entry(name)
+        if self.closing:
+            raise BusyError("The server is going down.", hint="Ask another one.")
+        return await self._finish(self._load(name, entry, number))
+
+    async def _load(self, name: str, entry: Entry, number: int | None) -> Version:
         async with entry.loading:
-            found = sources(entry.source)
-            single = (entry.source / MANIFEST).is_file()
-            if number is None:
-                number = max(found) if found and not single else self._number_of_single(entry)
-            version = entry.versions.get(number)
-            if version is None:
-                root = entry.source if single else found.get(number)
-                if root is None or (single and number != self._number_of_single(entry)):
-                    raise NotFoundError(f"There is no version {number} of {name}.")
-                version = await Version.open(name, number, root, entry.serving)
-                entry.versions[number] = version
-                if number >= entry.newest:
-                    entry.newest, entry.newest_digest = number, version.digest
-                self.on_load(version)
-                log.info("loaded", extra={"model": name, "version": number, "bundle": str(root)})
-            if entry.default != number:
-                entry.previous, entry.default = entry.default, number
+            with readable(entry.source):
+                version = await self._opened(name, entry, number)
+            if entry.default != version.number:
+                entry.previous, entry.default = entry.default, version.number
             kept = {entry.default, entry.previous}
             old = [entry.versions.pop(n) for n in list(entry.versions) if n not in kept]
         for stale in old:
             await stale.close()
             log.info("unloaded", extra={"model": name, "version": stale.number})
+        return version
+
+    async def _opened(self, name: str, entry: Entry, number: int | None) -> Version:
+        """Return a version of an entry, opened unless it is already. Raises NotFoundError where there is none."""
+        found = sources(entry.source)
+        single = (entry.source / MANIFEST).is_file()
+        if number is None:
+            if not found:
+                raise NotFoundError(f"There is no bundle of {name} any more.")
+            number = self._number_of_single(entry) if single else max(found)
+        if number in entry.versions:
+            return entry.versions[number]
+        root = entry.source if single else found.get(number)
+        if root is None or (single and number != self._number_of_single(entry)):
+            raise NotFoundError(f"There is no version {number} of {name}.")
+        version = await Version.open(name, number, root, entry.serving)
+        entry.versions[number] = version
+        if number >= entry.newest:
+            entry.newest, entry.newest_digest = number, version.digest
+        self.on_load(version)
+        log.info("loaded", extra={"model": name, "version": number, "bundle": str(root)})
         return version
 
     async def load_new(self, name: str) -> None:
@@ -321,7 +342,9 @@ class Models:
 
     async def unload(self, name: str) -> None:
         """Close every version of a name; it stays known, and can be loaded again."""
-        entry = self._entry(name)
+        await self._finish(self._unload(self._entry(name)))
+
+    async def _unload(self, entry: Entry) -> None:
         async with entry.loading:
             old, entry.versions, entry.default, entry.previous = list(entry.versions.values()), {}, None, None
         for version in old:
@@ -330,8 +353,17 @@ class Models:
     async def close(self) -> None:
         """Refuse new requests, answer those that wait, and free all models."""
         self.closing = True
+        while self._changes:
+            await asyncio.gather(*self._changes, return_exceptions=True)
         for name in self.entries:
             await self.unload(name)
+
+    async def _finish(self, change: Coroutine[Any, Any, T]) -> T:
+        """Wait for a change, which goes on by itself where who waits is cancelled: none is left half done."""
+        task = asyncio.get_running_loop().create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        return await asyncio.shield(task)
 
     def get(self, name: str, number: int | str | None = None) -> Version:
         """Return a version that answers. Raises NotFoundError, or BusyError while it is not ready."""

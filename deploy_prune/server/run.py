@@ -7,7 +7,7 @@ import logging
 import math
 import signal
 import ssl
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from pythonjsonlogger.json import JsonFormatter
 
 from ..errors import InputError, SystemStateError
 from . import rpc
-from .connections import MOST_HEADER_BYTES, TimedProtocol, is_loopback
+from .connections import MOST_HEADER_BYTES, TimedProtocol, WebServer, is_loopback
 from .engine import Engine, Held
 from .http import make_app
 from .models import Models, Serving
@@ -53,6 +53,8 @@ class Listening:
         for path in (self.certificate, self.key):
             if path is not None and not path.is_file():
                 raise InputError(f"There is no file {path}.")
+        if self.certificate is not None and self.key is not None:
+            tls_files_fit(self.certificate, self.key)
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Server:
     async def run(self) -> None:
         """Load all models, answer until `stop` or a signal, then let everything that waits be answered.
 
-        Raises SystemStateError where a port is taken.
+        Raises SystemStateError where a port is taken, or the HTTP server ends by itself.
         """
         loop = asyncio.get_running_loop()
         models = Models(self.serving)
@@ -90,23 +92,41 @@ class Server:
             except (NotImplementedError, RuntimeError, ValueError):
                 log.debug("no signal handler in this thread")
         try:
-            for name in models.entries:
-                await models.load(name)
+            await self._while_up(http, self._load(models))
             log.info("ready", extra={"port": self.port, "grpc_port": self.grpc_port, "models": list(models.entries)})
             self.started.set()
             watching = asyncio.create_task(self._watch(models)) if self.listening.poll else None
-            await self.stopping.wait()
-            if watching:
-                watching.cancel()
+            try:
+                await self._while_up(http, self.stopping.wait())
+            finally:
+                if watching:
+                    watching.cancel()
         finally:
             log.info("stopping")
-            models.closing = True  # health says so, new requests are refused
-            if grpc_server:
-                await grpc_server.stop(self.listening.drain_seconds)
+            models.closing = True  # new requests are refused
             web.should_exit = True
-            await http
+            draining = [grpc_server.stop(self.listening.drain_seconds)] if grpc_server else []
+            await asyncio.gather(http, *draining, return_exceptions=True)
             await models.close()
             log.info("stopped")
+
+    async def _load(self, models: Models) -> None:
+        for name in models.entries:
+            await models.load(name)
+
+    async def _while_up(self, http: asyncio.Task[None], waited: Coroutine[Any, Any, Any]) -> None:
+        """Wait for something. Raises SystemStateError where the HTTP server ends before it."""
+        task = asyncio.create_task(waited)
+        try:
+            await asyncio.wait({http, task}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return await task
+        finally:
+            task.cancel()
+        log.error("the HTTP server has ended", exc_info=http.exception())
+        raise SystemStateError(
+            "The HTTP server has ended by itself.", hint="The log says why; start it again."
+        ) from http.exception()
 
     def stop(self) -> None:
         """Begin to end."""
@@ -135,6 +155,7 @@ class Server:
             app,
             http=TimedProtocol,
             ws="none",
+            lifespan="off",
             h11_max_incomplete_event_size=MOST_HEADER_BYTES,
             host=listening.host,
             port=listening.port,
@@ -147,9 +168,7 @@ class Server:
             timeout_graceful_shutdown=math.ceil(listening.drain_seconds),  # uvicorn takes whole seconds
             server_header=False,
         )
-        server = uvicorn.Server(config)
-        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-        return server
+        return WebServer(config)
 
     def _socket(self, config: uvicorn.Config) -> Any:
         import socket
@@ -217,6 +236,6 @@ def structured_logs(level: str = "INFO") -> None:
 def tls_files_fit(certificate: Path, key: Path) -> None:
     """Raise InputError for a certificate and a key that do not belong together."""
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")  # or it asks a person
     except (ssl.SSLError, OSError) as error:
         raise InputError(f"{certificate} and {key} are no certificate and its key: {error}.") from error

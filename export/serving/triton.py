@@ -40,13 +40,19 @@ def write_triton(
     """Add a bundle's model to a Triton model repository, as a new version where the name is there already.
 
     Takes the ONNX file of a variant and precision, and the TensorRT engine of the same as NAME-tensorrt where the
-    bundle has one. Returns the models' folders. Raises InputError without the ONNX file, MissingExtraError without
-    the protobuf of Triton's client.
+    bundle has one. Returns the models' folders. Raises InputError without an ONNX file of free axes, MissingExtraError
+    without the protobuf of Triton's client.
     """
     name = name or bundle.root.resolve().name
     if not all(c.isalnum() or c in "-_." for c in name):
         raise InputError(f"{name!r} is no name for a model of Triton.", hint="Use letters, digits, '-', '_' and '.'.")
     onnx = find_artifact(bundle, variant, "onnx", precision, DIALECTS)
+    if onnx.shape is not None:
+        raise InputError(
+            f"The bundle {bundle.root} has the {variant} {precision} model as ONNX of the one shape {onnx.shape} only.",
+            hint="Triton gathers requests of any size: "
+            f"deploy-prune export {bundle.root} --format onnx --precision {precision}",
+        )
     engines = [
         a
         for a in bundle.manifest.artifacts
