@@ -191,7 +191,7 @@ def _why_not(stream: Stream, residual: bool) -> str:
     if not stream.readers:
         return "no convolution or Linear reads them"
     if stream.coupled and not residual:
-        return "they are a residual stream, which is cut on request only (--cut-residual, residual=True)"
+        return "they are a residual stream, which is cut on request only (--cut-residual, cut_residual=True)"
     return ""
 
 
