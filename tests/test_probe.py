@@ -209,7 +209,9 @@ def test_a_convolutional_network_is_probed_at_one_width() -> None:
         (16, None, None),
     ],
 )
-def test_a_channel_table_of_another_image_size_or_batch_is_refused(edge: int, asked: int | None, said: str | None) -> None:
+def test_a_channel_table_of_another_image_size_or_batch_is_refused(
+    edge: int, asked: int | None, said: str | None
+) -> None:
     table, images = channel_latency_table(batch=4), np.zeros((32, 3, edge, edge), np.float32)
     rows = [Row({"pixel_values": image}, 0, tokens=1) for image in images]
     pruner = ChannelPruner(tiny_cnn("vgg"), Head("classification"), rows)

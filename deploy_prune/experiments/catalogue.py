@@ -27,6 +27,13 @@ class Experiment:
     convolutional: bool = False  # of channels, not of heads and neurons
 
 
+# What tells of a convolutional network what an experiment of heads and neurons tells.
+FOR_CHANNELS = {
+    "recover": "deploy-prune prune MODEL --recover-epochs 3 recovers, and its manifest has the quality",
+    "latency": "deploy-prune probe, then prune --keep-latency --lut, then bench",
+    "prediction": "deploy-prune probe tells the error of its table on networks that it held out",
+    "rival": "deploy-prune bench, on a bundle of each model",
+}
 _SPEED = ("ratio_to_dense", "ratio_low", "ratio_high")
 _STAGES = ("calibrate", "score", "search", "rearrange", "compensate", "total")
 
