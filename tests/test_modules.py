@@ -74,6 +74,16 @@ def test_a_module_saved_without_its_processor_says_what_is_missing(tmp_path: Pat
     assert not (tmp_path / "b").exists()
 
 
+def test_a_processor_of_another_size_than_the_module_is_refused(tmp_path: Path) -> None:
+    wide = {**PROCESSOR, "size": 32, "crop_size": 32}
+    with pytest.raises(InputError, match="makes images of 32 x 32, but the model takes 16 x 16"):
+        save(tiny_cnn("basic", classes=3), tmp_path / "model", "conv_tiny.basic", processor=wide)
+    model = save(tiny_cnn("basic", classes=3), tmp_path / "model", "conv_tiny.basic")
+    (model / "preprocessor_config.json").write_text(json.dumps(wide))
+    with pytest.raises(InputError, match="makes images of 32 x 32, but the model takes 16 x 16"):
+        run(load_recipe(**settings(tmp_path, model)))
+
+
 def test_an_image_model_without_its_processor_says_what_is_missing(tmp_path: Path) -> None:
     model = channel_checkpoint(tmp_path / "model", "resnet")
     (model / "preprocessor_config.json").unlink()
