@@ -220,7 +220,7 @@ def _keep_ratio(picture: Image, short: int) -> tuple[int, int]:
 
 
 def _floored_half(margin: int) -> int:
-    """Return what transformers cuts off before a crop, or where it is negative, adds: Pillow gives 0 beyond the edge."""
+    """Return what transformers cuts off before a crop, or, where negative, adds: Pillow gives 0 beyond the edge."""
     return margin // 2
 
 

@@ -25,6 +25,7 @@ from deploy_prune.criteria import get_criterion
 from deploy_prune.errors import InputError
 from deploy_prune.graph_runner import GraphRunner
 from deploy_prune.heads import Head
+from deploy_prune.modeling_sliced import Blank, Constant
 from deploy_prune.patches import by_position, patches
 from deploy_prune.stages import Options
 from deploy_prune.tasks.base import Row
@@ -309,3 +310,12 @@ def test_a_batch_norm_without_weights_takes_a_refit_and_new_statistics(compensat
     norms = [m for m in found.sliced.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) == 4
     assert all(m.weight is None and m.bias is None for m in norms)
+
+
+def test_stand_ins_show_the_stride_that_mobilenets_of_transformers_pad_by() -> None:
+    conv = nn.Conv2d(3, 5, (3, 1), stride=2, padding=(1, 0), dilation=2)
+    x = tiny_images("basic")
+    for stand_in, channels in ((Blank(conv), 1), (Constant(conv, 4), 4)):
+        for name in ("kernel_size", "stride", "padding", "dilation"):
+            assert getattr(stand_in, name) == getattr(conv, name)
+        assert stand_in(x).shape == (len(x), channels, *conv(x).shape[2:])

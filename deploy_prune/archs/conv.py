@@ -54,9 +54,9 @@ class Layer:
 class ChannelGraph:
     """Hold a traced model: its layers in the order they run, its groups, and why other channels must stay.
 
-    `image` is the size (C, H, W) that it was traced at, `norms` maps each batch norm with weights to the group it lies in (""), `refused` the first producer of channels
-    that cannot be cut to the reason. `other_flops` are those of one image outside the layers, whose channels all stay:
-    attention, filters that are no parameters, second runs of one layer.
+    `image` is the size (C, H, W) that it was traced at, `norms` maps each batch norm with weights to the group it lies
+    in (""), `refused` the first producer of channels that cannot be cut to the reason. `other_flops` are those of one
+    image outside the layers, whose channels all stay: attention, filters that are no parameters, second runs of a layer.
     """
 
     program: Any
