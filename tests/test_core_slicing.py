@@ -180,16 +180,10 @@ def test_loads_with_trust_remote_code_without_this_package(family: str, tmp_path
 
 @pytest.mark.parametrize("family", ["resnet", "mobilenet_v2"])
 def test_convolutional_networks_load_without_this_package(family: str, tmp_path: Path) -> None:
-    sizes: dict[str, dict[str, Any]] = {
-        "resnet": {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [2, 1], "layer_type": "basic"},
-        "mobilenet_v2": {
-            "depth_multiplier": 0.05,
-            "depth_divisible_by": 2,
-            "min_depth": 4,
-            "finegrained_output": False,
-        },
-    }
-    config = transformers.CONFIG_MAPPING[family](**sizes[family], num_labels=3)
+    sizes: dict[str, Any] = {"depth_multiplier": 0.05, "depth_divisible_by": 2, "min_depth": 4}
+    if family == "resnet":
+        sizes = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [2, 1], "layer_type": "basic"}
+    config = transformers.CONFIG_MAPPING[family](**sizes, num_labels=3)
     torch.manual_seed(0)
     model = seen_data(transformers.AutoModelForImageClassification.from_config(config))
     x = torch.randn(2, 3, 32, 32)

@@ -56,7 +56,7 @@ class ChannelGraph:
 
     `image` is the size (C, H, W) that it was traced at, `norms` maps each batch norm with weights to the group it lies
     in (""), `refused` the first producer of channels that cannot be cut to the reason. `other_flops` are those of one
-    image outside the layers, whose channels all stay: attention, filters that are no parameters, second runs of a layer.
+    image outside the layers, whose channels all stay: attention, filters that are no parameters, second runs of one.
     """
 
     program: Any
