@@ -35,18 +35,22 @@ def prune(
     *,
     samples: int = 2048,
     pad_id: int = 0,
+    cut_residual: bool = False,
     options: Options | None = None,
     reporter: Reporter | None = None,
 ) -> PrunedPlan:
-    """Decide which heads and neurons of a loaded model stay, and refit what is left; the model is not changed.
+    """Decide which heads and neurons, or channels, of a loaded model stay, and refit what is left.
 
-    `data` is a loaded task (its training split is sampled) or tokenised rows. `budget` is the share of
-    the dense encoder's FLOPs to keep, in (0, 1], or a Budget: FLOPs, parameters, bytes, latency. Runs on
-    the model's device. Raises InputError, UnsupportedModelError or InfeasibleBudgetError.
+    The model is not changed. `data` is a loaded task (its training split is sampled) or tokenised rows. `budget` is the
+    share of the dense encoder's (of a convolutional network: of all) FLOPs to keep, in (0, 1], or a Budget: FLOPs,
+    parameters, bytes, latency. `cut_residual` also cuts the channels of a convolutional network's residual streams.
+    Runs on the model's device. Raises InputError, UnsupportedModelError or InfeasibleBudgetError.
     """
     options = options or Options(label_free=is_convolutional(model))
     if not is_convolutional(model):
         check_model(model)
+        if cut_residual:
+            raise InputError("cut_residual is for convolutional networks.", hint="Leave it out.")
     if not isinstance(budget, Budget):
         if not isinstance(budget, int | float):
             raise InputError(f"The budget {budget!r} is neither a number nor a Budget.")
@@ -59,7 +63,9 @@ def prune(
         rows = data
     if len(rows) < MIN_SAMPLES:
         raise InputError(f"{len(rows)} rows are too few to calibrate on.", hint=f"Give at least {MIN_SAMPLES}.")
-    return prune_rows(model.eval(), head, rows, budget, pad_id=pad_id, options=options, reporter=reporter)
+    return prune_rows(
+        model.eval(), head, rows, budget, pad_id=pad_id, residual=cut_residual, options=options, reporter=reporter
+    )
 
 
 def slice_model(model: nn.Module, plan: PrunedPlan | SlicePlan) -> Any:

@@ -63,12 +63,12 @@ def channel_params(graph: ChannelGraph, model_params: int) -> ProductTable:
     return ProductTable("params", table.sizes, table.base + model_params - table.dense, table.single, table.double)
 
 
-def channel_latency(graph: ChannelGraph, measured: ChannelLatency) -> ProductTable:
+def channel_latency(graph: ChannelGraph, measured: ChannelLatency, batch: int = 1) -> ProductTable:
     """Return the measured latency in ms; groups that were measured, but are not cut here, count whole.
 
-    Raises InputError when the table is of another network.
+    Raises InputError when the table is of another network, size of image or batch (1: of whichever was measured).
     """
-    measured.check(graph.groups)
+    measured.check(graph.groups, graph.image, batch)
     total = _Sum({g.name: g.size for g in graph.groups})
     total.base = measured.base_ms
 
@@ -111,8 +111,11 @@ def counts_of(groups: Sequence[ChannelGroup], plan: SlicePlan | None) -> dict[st
     return {g.name: plan[g.name].count if plan else g.size for g in groups}
 
 
-def channel_limits(budget: Budget, graph: ChannelGraph, model_params: int) -> list[Limit]:
-    """Return one limit per bound cost of the whole model. Raises InputError for a latency budget without its table."""
+def channel_limits(budget: Budget, graph: ChannelGraph, model_params: int, batch: int = 1) -> list[Limit]:
+    """Return one limit per bound cost of the whole model, latency being that of a batch.
+
+    Raises InputError for a latency budget without its table, or with one that was measured on something else.
+    """
     only = budget.keep_params is None and budget.max_bytes is None and budget.keep_latency is None
     keep_flops = 0.5 if budget.keep_flops is None and only else budget.keep_flops
     params, found = channel_params(graph, model_params), []
@@ -126,5 +129,5 @@ def channel_limits(budget: Budget, graph: ChannelGraph, model_params: int) -> li
     if budget.keep_latency is not None:
         if not isinstance(budget.lut, ChannelLatency):
             raise InputError("A latency budget needs this model's table.", hint="Make one: deploy-prune probe.")
-        found.append(Limit.share(channel_latency(graph, budget.lut), budget.keep_latency))
+        found.append(Limit.share(channel_latency(graph, budget.lut, batch), budget.keep_latency))
     return found

@@ -92,22 +92,25 @@ def read_projection(model: nn.Module, layer: Layer) -> OutputWeights:
 def write_projection(model: nn.Module, layer: Layer, new: OutputWeights) -> None:
     """Make a layer, with the batch norm behind it, compute the given weight (d, columns) and bias (d,).
 
-    The batch norm keeps its statistics; where its slope is (nearly) zero, it gets a slope that can be divided by.
-    A layer without bias and batch norm keeps its bias of zero.
+    The batch norm keeps its statistics; where its slope is (nearly) zero, it gets a slope that can be divided by. One
+    without a weight keeps its slope, and one without a bias shifts by its mean. A layer without bias and batch norm
+    keeps its bias of zero.
     """
     module: Any = model.get_submodule(layer.path)
     weight, bias = new.weight.double(), new.bias.double()
     if layer.norm:
         norm: Any = model.get_submodule(layer.norm)
         slope, _ = _affine(norm)
-        least = LEAST_SLOPE * float(slope.abs().max()) or 1.0
-        slope = torch.where(slope.abs() < least, torch.where(slope < 0, -least, least), slope)
+        if norm.weight is not None:
+            least = LEAST_SLOPE * float(slope.abs().max()) or 1.0
+            slope = torch.where(slope.abs() < least, torch.where(slope < 0, -least, least), slope)
+            norm.weight.copy_(slope * (norm.running_var.double() + norm.eps).sqrt())
         weight = weight / slope[:, None]
-        inner = (
-            -norm.running_mean.double() if module.bias is None else module.bias.double() - norm.running_mean.double()
-        )
-        norm.weight.copy_(slope * (norm.running_var.double() + norm.eps).sqrt())
-        norm.bias.copy_(bias - slope * inner)
+        own = torch.zeros_like(bias) if module.bias is None else module.bias.double()
+        if norm.bias is None:
+            norm.running_mean.copy_(own - bias / slope)
+        else:
+            norm.bias.copy_(bias - slope * (own - norm.running_mean.double()))
     elif module.bias is not None:
         module.bias.copy_(bias)
     if hasattr(module, "weight"):

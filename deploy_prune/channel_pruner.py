@@ -67,7 +67,7 @@ class ChannelPruner(Pruner):
             raise InfeasibleBudgetError(error.message, smallest=error.smallest, hint=hint) from error
 
     def limits(self, budget: Budget, lengths: Lengths) -> list[Limit]:
-        return channel_limits(budget, self.graph, sum(p.numel() for p in self.model.parameters()))
+        return channel_limits(budget, self.graph, sum(p.numel() for p in self.model.parameters()), lengths.batch)
 
     def check(self, options: Options) -> None:
         if options.depth or options.left_out:

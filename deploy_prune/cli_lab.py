@@ -88,14 +88,27 @@ def probe(
     model: Annotated[str, typer.Argument(help="Hub id or folder of the dense checkpoint; 'demo' is the built-in one.")],
     out: Annotated[Path, typer.Option(help="File of the table.")] = Path("lut.json"),
     runtime: Annotated[str, typer.Option(help="Runtime to measure in.")] = "ort-cpu",
-    batch: Annotated[str, typer.Option(help="Batch size; several, by commas, are measured each.")] = "1",
-    seq: Annotated[str, typer.Option(help="Sequence length; several, by commas, are measured each.")] = "128",
-    widths: Annotated[int, typer.Option(min=1, help="FFN widths to measure; others are interpolated.")] = 8,
+    batch: Annotated[
+        str, typer.Option(help="Batch size; several, by commas, are measured each (convolutional networks: one).")
+    ] = "1",
+    seq: Annotated[
+        str, typer.Option(help="Length of texts; several, by commas, are measured each. For images leave it out.")
+    ] = "128",
+    widths: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="FFN widths to measure, others being interpolated; of a convolutional network a third of its cuts.",
+        ),
+    ] = 8,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: the physical cores).")] = None,
     seconds: Annotated[float, typer.Option(help="Seconds per measured point.")] = 2.0,
     as_json: Json = False,
 ) -> None:
-    """Measure what every head count and FFN width costs on this machine, for --keep-latency.
+    """Measure what every head count and FFN width, or channel, costs on this machine, for --keep-latency.
+
+    A convolutional network is cut in many ways and measured at the size of its images;
+    each channel's cost is fitted, and the error on cuts that were held out is told.
 
     [bold]Examples[/bold]
 

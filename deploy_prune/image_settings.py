@@ -66,6 +66,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 _READ = {"size", "crop_size", "crop_pct", "resample", "rescale_factor", "image_mean", "image_std", "default_to_square"}
+_READ |= {"round_crop"}  # none of transformers': timm's folders are read as files that say so
 _READ |= {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}
 # These say who wrote the file, how fast to compute, or what only counts when something else is on.
 _IDLE = {"image_processor_type", "feature_extractor_type", "processor_class", "transformers_version", "device"}
@@ -101,6 +102,7 @@ def read_settings(settings: Mapping[str, Any], config: Any) -> dict[str, Any]:
         "resize": resize,
         "resample": resample,
         "crop": crop,
+        "round_crop": bool(s.get("round_crop")),
         "scale": _number(s["rescale_factor"], "rescale_factor") if s["do_rescale"] else None,
         "offset": -1.0 if s["do_rescale"] and s.get("rescale_offset") else 0.0,
         "mean": mean,

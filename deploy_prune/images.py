@@ -36,12 +36,14 @@ class ImageProcessor:
     """Hold how a checkpoint wants its images, and do it: channels, resize, centre crop, rescale, normalise.
 
     `offset` is added to the rescaled pixels, and `last_std` divides the normalised ones again: EfficientNet's do so.
+    `round_crop` halves a crop's margin as torchvision does: rounded, where transformers takes the floor.
     """
 
     output_size: tuple[int, int, int]  # (C, H, W) of every image
     resize: tuple[int, int] | int | None = None  # (height, width), or the shortest edge
     resample: int = BILINEAR
     crop: tuple[int, int] | None = None  # (height, width)
+    round_crop: bool = False
     scale: float | None = None
     offset: float = 0.0
     mean: tuple[float, ...] | None = None  # per channel
@@ -94,8 +96,8 @@ class ImageProcessor:
             size = _keep_ratio(picture, self.resize) if isinstance(self.resize, int) else self.resize
             picture = picture.resize(size[::-1], resample=self.resample)
         if self.crop is not None:
-            # Floor division, so that an odd margin falls as it does in transformers; beyond the edge Pillow gives 0.
-            top, left = ((edge - crop) // 2 for edge, crop in zip(picture.size[::-1], self.crop, strict=True))
+            half = _rounded_half if self.round_crop else _floored_half
+            top, left = (half(edge - crop) for edge, crop in zip(picture.size[::-1], self.crop, strict=True))
             picture = picture.crop((left, top, left + self.crop[1], top + self.crop[0]))
         if picture.size != (width, height):
             raise InputError(
@@ -175,14 +177,15 @@ def check_fit(processor: ImageProcessor, config: Any) -> None:
             f"{SETTINGS} makes images of {channels} channels, but the model takes {own}.",
             hint=f"Correct do_convert_rgb, image_mean and image_std in {SETTINGS}.",
         )
-    wanted = model_size(config)
-    # DINOv2 interpolates its positions, and convolutions take any size.
-    if not _has_patches(config) or wanted is None or getattr(config, "model_type", "").startswith("dinov2"):
+    wanted, module = model_size(config), hasattr(config, "image")
+    # Of transformers' models DINOv2 interpolates its positions, and convolutions take any size; a module's is its own.
+    free = not _has_patches(config) or getattr(config, "model_type", "").startswith("dinov2")
+    if wanted is None or (free and not module):
         return
     if tuple(size) != wanted:
         raise InputError(
             f"{SETTINGS} makes images of {size[0]} x {size[1]}, but the model takes {wanted[0]} x {wanted[1]}.",
-            hint=f"Correct size, or crop_size, in {SETTINGS}.",
+            hint=f"Correct size, or crop_size, in {SETTINGS}{', or image in module.json' if module else ''}.",
         )
 
 
@@ -216,6 +219,16 @@ def _keep_ratio(picture: Image, short: int) -> tuple[int, int]:
     return (longer, short) if width <= height else (short, longer)
 
 
+def _floored_half(margin: int) -> int:
+    """Return what transformers cuts off before a crop, or, where negative, adds: Pillow gives 0 beyond the edge."""
+    return margin // 2
+
+
+def _rounded_half(margin: int) -> int:
+    """Return the same of torchvision. Source: torchvision, transforms/functional.py, center_crop."""
+    return round(margin / 2) if margin > 0 else -(-margin // 2)
+
+
 def _as_picture(image: Any) -> Image:
     module = pillow()
     if isinstance(image, module.Image):
@@ -238,7 +251,9 @@ def _as_picture(image: Any) -> Image:
 def _with_channels(picture: Image, channels: int) -> Image:
     """Convert to grey (1) or RGB (3); what is transparent is laid on white, as transformers does.
 
-    Raises InputError for more than 8 bits a channel, which Pillow would clip.
+    Grey becomes RGB, as in every pipeline of images; RGB becomes grey only where it has no colours to lose.
+    Raises InputError for colours before a model of grey images, and for more than 8 bits a channel, which Pillow would
+    clip.
     """
     if picture.mode.startswith(("I", "F")):
         raise InputError(
@@ -250,6 +265,13 @@ def _with_channels(picture: Image, channels: int) -> Image:
         picture = picture.convert("RGBA")
         white = pillow().new("RGBA", picture.size, (255, 255, 255, 255))
         picture = pillow().alpha_composite(white, picture)
+    if mode == "L" and picture.mode not in ("L", "1"):
+        red, green, blue = (np.asarray(band) for band in picture.convert("RGB").split())
+        if not (np.array_equal(red, green) and np.array_equal(red, blue)):
+            raise InputError(
+                "It has colours, but the model takes grey images.",
+                hint="Convert the images to grey first, as those were that it was trained on.",
+            )
     return picture if picture.mode == mode else picture.convert(mode)
 
 

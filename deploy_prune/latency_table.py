@@ -201,8 +201,11 @@ class ChannelLatency(BaseModel):
     largest_error: float
     machine: dict[str, Any] = Field(default_factory=dict)
 
-    def check(self, groups: Sequence[Units]) -> None:
-        """Raise InputError when the groups are not among those that were measured."""
+    def check(self, groups: Sequence[Units], image: Sequence[int], batch: int = 1) -> None:
+        """Raise InputError when the groups, or images (C, H, W), are not those measured, or the batch is another.
+
+        A budget that names no batch, 1, takes a table of any.
+        """
         for g in groups:
             if self.sizes.get(g.name) != g.size:
                 raise InputError(
@@ -210,6 +213,20 @@ class ChannelLatency(BaseModel):
                     f" {self.sizes.get(g.name, 'none of that name')}.",
                     hint="Probe this very model: deploy-prune probe MODEL.",
                 )
+        if tuple(image) != self.image:
+            raise InputError(
+                f"The latency table was measured on images of {_size(self.image)}, the model is given {_size(image)}.",
+                hint="Probe this very model: deploy-prune probe MODEL.",
+            )
+        if batch not in (1, self.batch):
+            raise InputError(
+                f"The budget is for batches of {batch}, the latency table was probed at {self.batch}.",
+                hint=f"Probe it so: deploy-prune probe MODEL --batch {batch}.",
+            )
+
+
+def _size(image: Sequence[int]) -> str:
+    return " x ".join(map(str, image))
 
 
 AnyLatency = LatencyTable | LatencyTables | ChannelLatency

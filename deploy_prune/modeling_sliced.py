@@ -105,6 +105,7 @@ class Blank(nn.Module):
     def __init__(self, old: nn.Module) -> None:
         super().__init__()
         self.spatial = _Spatial(old)
+        _look_alike(self, old)
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_zeros(self.spatial.shape(x, 1))
@@ -116,6 +117,7 @@ class Constant(nn.Module):
     def __init__(self, old: Any, features: int) -> None:
         super().__init__()
         self.spatial, self.features = _Spatial(old), features
+        _look_alike(self, old)
         bias = None if old.bias is None else nn.Parameter(old.bias.new_zeros(features), requires_grad=False)
         self.register_parameter("bias", bias)
 
@@ -126,6 +128,13 @@ class Constant(nn.Module):
             return x.new_zeros(shape)
         after = len(self.spatial.kernel)  # axes behind the channels
         return bias.reshape(-1, *[1] * after).expand(shape)
+
+
+def _look_alike(new: nn.Module, old: nn.Module) -> None:
+    """Give a stand-in what its model's code may read of a convolution: MobileNetV2 pads by its stride."""
+    for name in ("kernel_size", "stride", "dilation", "padding"):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
 
 
 class _Spatial:

@@ -32,7 +32,7 @@ from .disk import disk_errors, share
 from .documents import one_line, read_json
 from .errors import BundleError, InputError, UnsupportedModelError
 from .image_settings import SETTINGS
-from .images import ImageProcessor
+from .images import ImageProcessor, check_fit
 from .modeling_sliced import resize
 
 FORMAT, VERSION = "deploy-prune-module", 1
@@ -102,7 +102,8 @@ def save_module(
 
     `image` is the size (C, H, W) of what it takes, `labels` name its classes, `processor` is what prepares its images
     (or the contents of a preprocessor_config.json); what is left out is as the model was loaded. Returns the files.
-    Raises InputError where the factory is not known, its arguments are no plain JSON, or the settings are wrong.
+    Raises InputError where the factory is not known, its arguments are no plain JSON, or the settings are wrong or make
+    images of another size.
     """
     own = getattr(model, "module_config", None)
     if factory is None and own is None:
@@ -110,14 +111,17 @@ def save_module(
             f"It is not known how this {type(model).__name__} is made.", hint="Name the factory, 'module.function'."
         )
     config = own or ModuleConfig(str(factory))
+    config = replace(config, image=tuple(image or config.image))
     if isinstance(processor, Mapping):
-        processor = ImageProcessor.from_dict(processor, replace(config, image=tuple(image or config.image)))
+        processor = ImageProcessor.from_dict(processor, config)
+    if isinstance(processor, ImageProcessor):
+        check_fit(processor, config)
     entry = {
         "format": FORMAT,
         "version": VERSION,
         "factory": factory or config.factory,
         "kwargs": dict(config.kwargs if kwargs is None else kwargs),
-        "image": list(image or config.image),
+        "image": list(config.image),
         "labels": list(config.labels if labels is None else labels),
         "spec": getattr(model, "deploy_prune", None),
     }
@@ -276,6 +280,7 @@ def _timm_config(entry: Mapping[str, Any]) -> ModuleConfig:
         "image_processor_type": "BitImageProcessor",
         "size": {"shortest_edge": edge},
         "crop_size": {"height": size[1], "width": size[2]},
+        "round_crop": True,  # as torchvision's CenterCrop, which timm uses
         "resample": _FILTERS[filtered],
         "image_mean": list(cfg["mean"]),
         "image_std": list(cfg["std"]),

@@ -25,9 +25,8 @@ def patches(module: Any, x: Tensor, rows: int, at: Tensor | None = None) -> Tens
         x = x.reshape(len(x), -1, x.shape[-1])
         return x if at is None else x[:, at]
     (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
-    if any(module._reversed_padding_repeated_twice):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    if module.padding_mode == "zeros":  # other values torch pads with before the convolution: `x` is padded already
+        x = F.pad(x, module._reversed_padding_repeated_twice)
     sizes = zip(x.shape[2:], (dh, dw), (kh, kw), (sh, sw), strict=True)
     height, width = ((n - d * (k - 1) - 1) // s + 1 for n, d, k, s in sizes)
     at = torch.arange(height * width) if at is None else at

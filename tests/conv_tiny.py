@@ -214,6 +214,18 @@ class Twice(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+def padded(classes: int = 4) -> nn.Sequential:
+    """Convolutions that pad with other values than zeros, before batch norms without weights."""
+
+    def block(inputs: int, outputs: int, mode: str, **options: Any) -> list[nn.Module]:
+        conv = nn.Conv2d(inputs, outputs, 3, padding=1, padding_mode=mode, **options)
+        return [conv, nn.BatchNorm2d(outputs, affine=False), nn.ReLU()]
+
+    stem, deep = block(3, 6, "reflect"), block(6, 6, "reflect", groups=6, bias=False)
+    body = [*block(6, 8, "replicate", bias=False), nn.MaxPool2d(2), *block(8, 5, "circular", stride=2)]
+    return nn.Sequential(*stem, *deep, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, classes))
+
+
 def same(classes: int = 4) -> nn.Sequential:
     """A network all of whose convolutions are of an own class."""
     layers = [SameConv(3, 6, 3), NormAct(6), nn.MaxPool2d(2), SameConv(6, 8, 3), NormAct(8, nn.SiLU)]
@@ -243,6 +255,7 @@ FAMILIES = {
     "mobilenet": (mobilenet, (3, 16, 16)),
     "squeeze": (lambda: mobilenet(squeeze=True), (3, 16, 16)),
     "windows": (Windows, (3, 16, 16)),
+    "padded": (padded, (3, 16, 16)),
 }
 
 
@@ -257,8 +270,9 @@ def seen_data(model: nn.Module) -> nn.Module:
     """Put a model into evaluation mode, its batch norms with drawn statistics and weights."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.5)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, std=0.5)
             nn.init.normal_(module.running_mean, std=0.3)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     return model.eval()

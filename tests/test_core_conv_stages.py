@@ -25,6 +25,8 @@ from deploy_prune.criteria import get_criterion
 from deploy_prune.errors import InputError
 from deploy_prune.graph_runner import GraphRunner
 from deploy_prune.heads import Head
+from deploy_prune.modeling_sliced import Blank, Constant
+from deploy_prune.patches import by_position, patches
 from deploy_prune.stages import Options
 from deploy_prune.tasks.base import Row
 from deploy_prune.units import MaskSet, SlicePlan
@@ -271,3 +273,49 @@ def test_batch_norms_renewed_behind_the_fold_keep_its_weights() -> None:
     ratio = renewed[path].weight / folded[path].weight
     assert torch.allclose(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-3)
     assert not torch.allclose(ratio, torch.ones_like(ratio), rtol=1e-2)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_a_convolution_that_pads_with_other_values_reads_them_once(mode: str) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 5, 3, stride=2, padding=(2, 1), padding_mode=mode)
+    model = nn.Sequential(conv, nn.ReLU(), nn.Conv2d(5, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    x = tiny_images("basic")
+    graph = trace_channels(model, x)
+    layer = graph.layer("0")
+    source, output = GraphRunner(model, graph.program, [x]).values(0, [layer.source, layer.output])
+    found = patches(conv, source, len(x))  # (B, positions, columns)
+    assert found.shape == (len(x), layer.positions, layer.inputs * layer.width)
+    wanted = by_position(conv, output, len(x))
+    assert torch.allclose(found @ conv.weight.flatten(1).T + conv.bias, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("compensate", ["refit", "fold+batch-norm"])
+def test_a_batch_norm_without_weights_takes_a_refit_and_new_statistics(compensate: str) -> None:
+    """Its slope stays, and its mean shifts what a convolution without bias gives."""
+    model = tiny_cnn("padded")
+    pruner = ChannelPruner(model, HEAD, rows(64, "padded"))
+    found = pruner.prune(Budget(0.6), Options(criterion="fisher", compensate=compensate, rearrange="none"))
+    bare = [x.path for x in pruner.graph.layers if x.norm and not x.bias and not x.grouped]
+    assert bare
+    assert set(bare) & found.updates.keys()
+    assert found.sliced is not None
+    x = tiny_images("padded", 6, seed=1)
+    with torch.inference_mode():
+        virtual, plain = (mask_channels(model, pruner.graph, found.plan, u)(x) for u in (found.updates, {}))
+        assert float((found.sliced(x) - virtual).abs().max()) <= 1e-5 * max(1.0, float(virtual.abs().max()))
+        wanted = model(x)
+        if compensate == "refit":
+            assert (virtual - wanted).norm() < (plain - wanted).norm()
+    norms = [m for m in found.sliced.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 4
+    assert all(m.weight is None and m.bias is None for m in norms)
+
+
+def test_stand_ins_show_the_stride_that_mobilenets_of_transformers_pad_by() -> None:
+    conv = nn.Conv2d(3, 5, (3, 1), stride=2, padding=(1, 0), dilation=2)
+    x = tiny_images("basic")
+    for stand_in, channels in ((Blank(conv), 1), (Constant(conv, 4), 4)):
+        for name in ("kernel_size", "stride", "padding", "dilation"):
+            assert getattr(stand_in, name) == getattr(conv, name)
+        assert stand_in(x).shape == (len(x), channels, *conv(x).shape[2:])

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conv_tiny import seen_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models_tiny import FAMILIES, HEADS, IMAGE_FAMILIES, heads_of, random_masks, tiny_config, tiny_inputs, tiny_model
+from models_tiny import FAMILIES, HEADS, heads_of, random_masks, tiny_config, tiny_inputs, tiny_model
 
 from deploy_prune.archs import arch_of, check_config
+from deploy_prune.archs.conv import trace_channels
+from deploy_prune.channel_slicing import slice_channels
 from deploy_prune.checkpoint import load_sliced, save_sliced
 from deploy_prune.costs import encoder_flops, removed_params
 from deploy_prune.errors import UnsupportedModelError
@@ -136,16 +139,7 @@ def test_sliced_equals_masked_for_any_plan(seed: int, family: str, length: int, 
     assert (virtual - sliced).abs().max() <= 1e-5 * max(1.0, float(virtual.abs().max()))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_loads_with_trust_remote_code_without_this_package(family: str, tmp_path: Path) -> None:
-    model = tiny_model(family)
-    groups = arch_of(model).groups(model)
-    sliced = slice_model(model, groups, SlicePlan.from_masks(groups, random_masks(groups, 3)))
-    save_sliced(sliced, _NoTokenizer(), tmp_path / "sliced")
-    inputs = tiny_inputs(family)
-    torch.save({**inputs, "logits": sliced(**inputs).logits.detach()}, tmp_path / "case.pt")
-    auto = "AutoModelForImageClassification" if family in IMAGE_FAMILIES else "AutoModelForSequenceClassification"
-    script = """
+FRESH = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
@@ -163,10 +157,41 @@ with torch.inference_mode():
     assert torch.equal(model.eval()(**case).logits, expected)
 print("bit-equal")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), auto], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
+
+
+def assert_loads_alone(sliced: Any, inputs: dict[str, torch.Tensor], folder: Path) -> None:
+    """Save a sliced model and load it in a process that lacks this package."""
+    save_sliced(sliced, _NoTokenizer(), folder / "sliced")
+    with torch.inference_mode():
+        torch.save({**inputs, "logits": sliced(**inputs).logits}, folder / "case.pt")
+    auto = "AutoModelForImageClassification" if "pixel_values" in inputs else "AutoModelForSequenceClassification"
+    words = [sys.executable, "-c", FRESH, str(folder), auto]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=folder, check=False)
     assert "bit-equal" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loads_with_trust_remote_code_without_this_package(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    groups = arch_of(model).groups(model)
+    sliced = slice_model(model, groups, SlicePlan.from_masks(groups, random_masks(groups, 3)))
+    assert_loads_alone(sliced, tiny_inputs(family), tmp_path)
+
+
+@pytest.mark.parametrize("family", ["resnet", "mobilenet_v2"])
+def test_convolutional_networks_load_without_this_package(family: str, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"depth_multiplier": 0.05, "depth_divisible_by": 2, "min_depth": 4}
+    if family == "resnet":
+        sizes = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [2, 1], "layer_type": "basic"}
+    config = transformers.CONFIG_MAPPING[family](**sizes, num_labels=3)
+    torch.manual_seed(0)
+    model = seen_data(transformers.AutoModelForImageClassification.from_config(config))
+    x = torch.randn(2, 3, 32, 32)
+    graph = trace_channels(model, x)
+    masks = random_masks(graph.groups, 3)
+    masks[graph.groups[0].name][:] = 0  # its layers are stood for by others
+    sliced = slice_channels(model, graph, SlicePlan.from_masks(graph.groups, masks))
+    assert_loads_alone(sliced, {"pixel_values": x}, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from PIL import Image
 
 from deploy_prune.errors import InputError, UnsupportedModelError
 from deploy_prune.images import ImageProcessor, check_fit, image_tokens, open_image
+from deploy_prune.module_checkpoint import ModuleConfig, read_module_config
 
 FAMILIES = ["ViT", "DeiT", "Bit", "CLIP", "ConvNext", "MobileNetV1", "MobileNetV2", "EfficientNet"]
 
@@ -141,10 +142,39 @@ def test_grey_and_rgb_become_what_the_model_takes() -> None:
     np.testing.assert_array_equal(rgb([grey]), np.repeat(rgb([grey[:, :, 0]])[:, :1], 3, axis=1))
     one = ImageProcessor.from_dict(vit, SimpleNamespace(num_channels=1, image_size=8))
     np.testing.assert_allclose(one([np.repeat(grey, 3, axis=2)])[0, 0], grey[:, :, 0] / np.float32(255), atol=1e-6)
-    colour = random_image(8, 8)
-    luma = colour @ np.array([0.299, 0.587, 0.114]) / 255
-    np.testing.assert_allclose(one([colour])[0, 0], luma, atol=1 / 255)
     assert one([]).shape == (0, 1, 8, 8)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK"])
+def test_colours_before_a_model_of_grey_images_are_refused(mode: str) -> None:
+    vit = {"image_processor_type": "ViTImageProcessor", "do_resize": False, "do_normalize": False}
+    one = ImageProcessor.from_dict(vit, SimpleNamespace(num_channels=1, image_size=8))
+    with pytest.raises(InputError, match="Image 1: It has colours, but the model takes grey images") as caught:
+        one([random_image(8, 8, 1), Image.fromarray(random_image(8, 8)).convert(mode)])
+    assert "Convert the images to grey first" in caught.value.hint
+    grey = Image.fromarray(random_image(8, 8, 1)[:, :, 0])
+    if mode != "CMYK":  # whose black is none of Pillow's
+        np.testing.assert_array_equal(one([grey.convert(mode)]), one([grey]))
+
+
+@pytest.mark.parametrize(("margin", "cut"), [(1, 0), (2, 1), (3, 2), (4, 2), (5, 2), (7, 4), (-1, 0), (-3, -1)])
+def test_a_crop_of_timm_falls_where_torchvisions_does(margin: int, cut: int, tmp_path: Path) -> None:
+    """Its CenterCrop begins at int(round(margin / 2)), Python's rounding; what is too small it pads first."""
+    cfg = {"input_size": [3, 9, 9], "mean": [0.0] * 3, "std": [1.0] * 3, "crop_pct": 1.0}
+    entry = {"architecture": "resnet18", "num_classes": 2, "pretrained_cfg": cfg}
+    (tmp_path / "config.json").write_text(json.dumps(entry))
+    config = read_module_config(tmp_path)
+    assert config is not None
+    assert config.processor is not None
+    ImageProcessor.from_dict({**config.processor, "do_resize": False}, config).save_pretrained(tmp_path)
+    image = random_image(9 + margin, 9)
+    wanted = np.zeros((9, 9, 3), np.float32)
+    part = image[max(cut, 0) :][:9]
+    wanted[max(-cut, 0) :][: len(part)] = part
+    found = ImageProcessor.from_folder(tmp_path, config)([image])[0].transpose(1, 2, 0)
+    np.testing.assert_allclose(found, wanted / 255, rtol=1e-6)
+    floored = ImageProcessor((3, 9, 9), crop=(9, 9), scale=1 / 255)([image])[0].transpose(1, 2, 0)
+    assert np.array_equal(found, floored) == (cut == margin // 2)
 
 
 def test_a_folder_is_read(tmp_path: Path) -> None:
@@ -280,6 +310,14 @@ def test_a_processor_must_fit_its_model() -> None:
         check_fit(processor, transformers.ViTConfig(image_size=384))
     with pytest.raises(InputError, match="3 channels, but the model takes 1"):
         check_fit(processor, transformers.ResNetConfig(num_channels=1))
+
+
+def test_a_processor_must_make_the_size_that_a_module_names() -> None:
+    module = ModuleConfig("my.net", image=(3, 16, 16))
+    check_fit(ImageProcessor((3, 16, 16)), module)
+    with pytest.raises(InputError, match="makes images of 32 x 32, but the model takes 16 x 16") as caught:
+        check_fit(ImageProcessor((3, 32, 32)), module)
+    assert "module.json" in caught.value.hint
 
 
 def test_the_folder_must_have_its_file(tmp_path: Path) -> None:

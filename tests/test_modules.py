@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from conv_tiny import configured, perceptron, same, seen_data, tiny_cnn, tiny_images
+from models_tiny import tiny_model, tiny_rows
 from runs_tiny import channel_checkpoint, image_data
 from safetensors.torch import save_file
 from torch import nn
@@ -25,10 +26,11 @@ from deploy_prune.channel_pruner import ChannelPruner
 from deploy_prune.checkpoint import load_dense, load_variant
 from deploy_prune.cli import invoke
 from deploy_prune.config import ALLOW_CODE, PROGRAMS, load_recipe
-from deploy_prune.errors import BundleError, InputError, UnsupportedModelError
+from deploy_prune.errors import BundleError, InfeasibleBudgetError, InputError, UnsupportedModelError
 from deploy_prune.module_checkpoint import save_module
 from deploy_prune.pipeline import run
 from deploy_prune.pruner import pruner_of
+from deploy_prune.stages import Options
 from deploy_prune.tasks.base import Row
 
 PROCESSOR = {"image_processor_type": "BitImageProcessor", "size": 16, "crop_size": 16}
@@ -72,6 +74,16 @@ def test_a_module_saved_without_its_processor_says_what_is_missing(tmp_path: Pat
     assert not (tmp_path / "b").exists()
 
 
+def test_a_processor_of_another_size_than_the_module_is_refused(tmp_path: Path) -> None:
+    wide = {**PROCESSOR, "size": 32, "crop_size": 32}
+    with pytest.raises(InputError, match="makes images of 32 x 32, but the model takes 16 x 16"):
+        save(tiny_cnn("basic", classes=3), tmp_path / "model", "conv_tiny.basic", processor=wide)
+    model = save(tiny_cnn("basic", classes=3), tmp_path / "model", "conv_tiny.basic")
+    (model / "preprocessor_config.json").write_text(json.dumps(wide))
+    with pytest.raises(InputError, match="makes images of 32 x 32, but the model takes 16 x 16"):
+        run(load_recipe(**settings(tmp_path, model)))
+
+
 def test_an_image_model_without_its_processor_says_what_is_missing(tmp_path: Path) -> None:
     model = channel_checkpoint(tmp_path / "model", "resnet")
     (model / "preprocessor_config.json").unlink()
@@ -107,6 +119,22 @@ def test_convolutions_of_own_classes_are_cut() -> None:
     with torch.inference_mode():
         virtual = found.surgery.mask(found.plan, found.updates)(x)
         assert float((small(x) - virtual).abs().max()) <= 1e-5 * max(1.0, float(virtual.abs().max()))
+
+
+def test_the_api_cuts_residual_streams_where_it_is_asked_to() -> None:
+    model = tiny_cnn("basic")
+    data, options = rows(64), Options(criterion="fisher", compensate="none", rearrange="none", label_free=True)
+    with pytest.raises(InfeasibleBudgetError, match="cut_residual=True"):
+        deploy_prune.prune(model, data, 0.3, options=options)
+    found = deploy_prune.prune(model, data, 0.3, cut_residual=True, options=options)
+    assert any(g.coupled and found.plan[g.name].count < g.size for g in found.groups)
+    small = deploy_prune.slice_model(model, found)
+    x = tiny_images("basic", 3, seed=1)
+    with torch.inference_mode():
+        virtual = found.surgery.mask(found.plan)(x)
+        assert float((small(x) - virtual).abs().max()) <= 1e-5 * max(1.0, float(virtual.abs().max()))
+    with pytest.raises(InputError, match="cut_residual is for convolutional networks"):
+        deploy_prune.prune(tiny_model("vit"), tiny_rows(64, family="vit"), 0.5, cut_residual=True)
 
 
 def test_a_network_without_convolutions_is_refused(tmp_path: Path) -> None:

@@ -297,8 +297,24 @@ def test_the_experiment_of_channels(tmp_path: Path) -> None:
     assert methods == {0.7: list(CHANNEL_TRADEOFF), 0.5: list(CHANNEL_STAGES)}
     assert all(row["kept_flops"] <= row["keep"] and row["kept_params"] < 1 for row in document["rows"])
     assert {f.suffix for f in files} >= {".json", ".md", ".csv"}
-    with pytest.raises(InputError, match="another kind of model"):
-        run_experiment("tradeoff", setting, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("recover", "--recover-epochs"),
+        ("latency", "--keep-latency"),
+        ("rival", "deploy-prune bench"),
+        ("tradeoff", "The experiments of channels are prediction, cnn"),
+    ],
+)
+def test_an_experiment_of_heads_says_what_there_is_for_channels(name: str, instead: str, tmp_path: Path) -> None:
+    given = settings(tmp_path)
+    setting = Setting(given["model"], given["task"], given["data"], (0.7,), (0,), samples=64)
+    with pytest.raises(InputError, match=f"{name} is of heads and neurons.*convolutional network") as caught:
+        run_experiment(name, setting, tmp_path / "out")
+    assert instead in caught.value.hint
+    assert "The experiments of channels are prediction, cnn" in caught.value.hint
 
 
 def test_the_api_exports_modules_and_image_models(tmp_path: Path) -> None:

@@ -8,17 +8,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conv_tiny import tiny_cnn
 from runs_tiny import checkpoint, data, linear_costs
 from test_core_search import toy_groups
 
 from deploy_prune.bundle import Bundle
+from deploy_prune.channel_pruner import ChannelPruner
 from deploy_prune.cli import invoke
 from deploy_prune.costs import Budget, latency_table
 from deploy_prune.errors import InputError
-from deploy_prune.latency_table import LatencyTable, read_latency_table
-from deploy_prune.probing import probe
+from deploy_prune.heads import Head
+from deploy_prune.latency_table import ChannelLatency, LatencyTable, read_latency_table
+from deploy_prune.probing import Measured, channel_table, probe
+from deploy_prune.runtime_bench.bench import Place
 from deploy_prune.runtime_bench.probe import Point, grid, kind_tables
 from deploy_prune.runtime_bench.stats import Ratio
+from deploy_prune.signature import Signature
+from deploy_prune.surgery import ChannelSurgery, surgery_of
+from deploy_prune.tasks.base import Row
 
 
 def table(**changes: Any) -> dict[str, Any]:
@@ -169,3 +176,49 @@ def test_bytes_bind_the_whole_model(tmp_path: Path) -> None:
     assert manifest.counts["sliced"]["weight_bytes"] == manifest.budget["limits"][0]["reached"] <= 60_000
     assert manifest.counts["dense"]["weight_bytes"] == manifest.budget["limits"][0]["dense"]
     assert all(layer["neurons"] % 8 == 0 for layer in manifest.plan["layers"])
+
+
+def channel_latency_table(widths: int = 2, batch: int = 1) -> ChannelLatency:
+    """Return a table of a tiny network at 3 x 16 x 16, whose latency is its FLOPs."""
+    surgery = surgery_of(tiny_cnn("vgg"), (3, 16, 16))
+    assert isinstance(surgery, ChannelSurgery)
+    shares: list[float] = []
+
+    def ratios(plans: Any) -> list[Measured]:
+        shares.extend(surgery.flops_of(plan) / surgery.flops(1) for plan in plans)
+        return [([Ratio(s, s, s) for s in shares], 10.0)]
+
+    return channel_table(
+        surgery, Signature(("pixel_values",), (3, 16, 16), 1), Place("ort-cpu", batch, 1, 1), widths, ratios
+    )
+
+
+def test_a_convolutional_network_is_probed_at_one_width() -> None:
+    found = channel_latency_table(widths=1)
+    assert len(found.points) == 3
+    assert found.largest_error == found.mean_error  # of the one network that was held out
+    assert 0 <= found.largest_error < 1
+
+
+@pytest.mark.parametrize(
+    ("edge", "asked", "said"),
+    [
+        (24, None, "measured on images of 3 x 16 x 16, the model is given 3 x 24 x 24"),
+        (16, 8, "for batches of 8, the latency table was probed at 4"),
+        (16, 4, None),
+        (16, None, None),
+    ],
+)
+def test_a_channel_table_of_another_image_size_or_batch_is_refused(
+    edge: int, asked: int | None, said: str | None
+) -> None:
+    table, images = channel_latency_table(batch=4), np.zeros((32, 3, edge, edge), np.float32)
+    rows = [Row({"pixel_values": image}, 0, tokens=1) for image in images]
+    pruner = ChannelPruner(tiny_cnn("vgg"), Head("classification"), rows)
+    budget = Budget(keep_latency=0.5, lut=table, lengths_batch=asked)
+    if said is None:
+        (limit,) = pruner.limits(budget, budget.lengths_over(rows))
+        assert limit.most == pytest.approx(0.5 * table.points[0].fitted_ms)
+        return
+    with pytest.raises(InputError, match=said):
+        pruner.limits(budget, budget.lengths_over(rows))

@@ -54,12 +54,13 @@ class Layer:
 class ChannelGraph:
     """Hold a traced model: its layers in the order they run, its groups, and why other channels must stay.
 
-    `norms` maps each batch norm with weights to the group it lies in (""), `refused` the first producer of channels
-    that cannot be cut to the reason. `other_flops` are those of one image outside the layers, whose channels all stay:
-    attention, filters that are no parameters, second runs of one layer.
+    `image` is the size (C, H, W) that it was traced at, `norms` maps each batch norm with weights to the group it lies
+    in (""), `refused` the first producer of channels that cannot be cut to the reason. `other_flops` are those of one
+    image outside the layers, whose channels all stay: attention, filters that are no parameters, second runs of one.
     """
 
     program: Any
+    image: tuple[int, ...]
     layers: tuple[Layer, ...]
     groups: tuple[ChannelGroup, ...]
     norms: dict[str, str]
@@ -135,7 +136,7 @@ def trace_channels(model: nn.Module, images: Tensor, *, residual: bool = False) 
     affine = [path for path in flow.norms if model.get_submodule(path).weight is not None]
     norms = {path: name_of(flow.norms[path]) for path in affine}
     other = _other_flops(model, images[:1], layers)
-    return ChannelGraph(program, layers, _in_order(groups, layers), norms, refused, other)
+    return ChannelGraph(program, tuple(images.shape[1:]), layers, _in_order(groups, layers), norms, refused, other)
 
 
 def trace_sliced(graph: ChannelGraph, plan: SlicePlan, sliced: nn.Module, images: Tensor) -> ChannelGraph:
@@ -190,7 +191,7 @@ def _why_not(stream: Stream, residual: bool) -> str:
     if not stream.readers:
         return "no convolution or Linear reads them"
     if stream.coupled and not residual:
-        return "they are a residual stream, which is cut on request only (--cut-residual, residual=True)"
+        return "they are a residual stream, which is cut on request only (--cut-residual, cut_residual=True)"
     return ""
 
 

@@ -10,7 +10,7 @@ from ..archs import is_convolutional
 from ..disk import disk_errors, write_atomically
 from ..errors import InputError
 from ..progress import Reporter
-from .catalogue import EXPERIMENTS
+from .catalogue import EXPERIMENTS, FOR_CHANNELS
 from .lab import Lab, Setting
 from .report import document_of, write
 
@@ -23,7 +23,7 @@ def run_experiment(
     """Run an experiment and write its files into `out`; return the document and the files.
 
     While it runs its rows are in STEM.partial.json, so that an interrupted run loses none, and no earlier result.
-    Raises InputError for an unknown name or an `out` that is no folder.
+    Raises InputError for an unknown name, a model of another kind or an `out` that is no folder.
     """
     if name not in EXPERIMENTS:
         raise InputError(f"No experiment '{name}'.", hint=f"There are: {', '.join(EXPERIMENTS)}.")
@@ -35,10 +35,7 @@ def run_experiment(
         except (FileExistsError, NotADirectoryError) as error:
             raise InputError(f"{folder} is not a folder.", hint="Choose another --out.") from error
     lab = Lab(setting, reporter)
-    channels = is_convolutional(lab.model)
-    if experiment.convolutional not in (None, channels):
-        kinds = [n for n, e in EXPERIMENTS.items() if e.convolutional in (None, channels)]
-        raise InputError(f"The experiment {name} is for another kind of model.", hint=f"Use {', '.join(kinds)}.")
+    _check_kind(name, is_convolutional(lab.model))
     rows: list[dict[str, Any]] = []
     partial = folder / f"{stem}.partial.json"
     for row in experiment.run(lab):
@@ -51,6 +48,23 @@ def run_experiment(
     files = write(document, folder, stem)
     partial.unlink(missing_ok=True)
     return document, files
+
+
+def _check_kind(name: str, convolutional: bool) -> None:
+    """Raise InputError, saying what there is instead, where an experiment is for another kind of model."""
+    if EXPERIMENTS[name].convolutional in (None, convolutional):
+        return
+    there = ", ".join(n for n, e in EXPERIMENTS.items() if e.convolutional in (None, convolutional))
+    if not convolutional:
+        raise InputError(
+            f"The experiment {name} is of channels, and the model has heads and neurons.", hint=f"Use {there}."
+        )
+    hint = f"The experiments of channels are {there}."
+    if name in FOR_CHANNELS:
+        hint = f"Without an experiment: {FOR_CHANNELS[name]}. {hint}"
+    raise InputError(
+        f"The experiment {name} is of heads and neurons, and the model is a convolutional network.", hint=hint
+    )
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,12 @@ class Experiment:
     convolutional: bool | None = False  # of channels, not of heads and neurons; None: of either
 
 
+# What tells of a convolutional network what an experiment of heads and neurons tells.
+FOR_CHANNELS = {
+    "recover": "deploy-prune prune MODEL --recover-epochs 3 recovers, and its manifest has the quality",
+    "latency": "deploy-prune probe, then prune --keep-latency --lut, then bench",
+    "rival": "deploy-prune bench, on a bundle of each model",
+}
 _SPEED = ("ratio_to_dense", "ratio_low", "ratio_high")
 _STAGES = ("calibrate", "score", "search", "rearrange", "compensate", "total")
 
