@@ -125,7 +125,7 @@ class Constant(nn.Module):
         if bias is None:
             return x.new_zeros(shape)
         after = len(self.spatial.kernel)  # axes behind the channels
-        return bias.reshape(-1, *[1] * after).expand(shape)
+        return bias.reshape(-1, *[1] * after).expand(shape).clone()  # an activation may write into it
 
 
 class _Spatial:
