@@ -1,7 +1,7 @@
 # One command each, on a machine with Python >= 3.11 and make. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup export regress test triton check audit fuzz test-transformers4 bench-prune bench-parallel clean
+.PHONY: help setup export regress test triton check audit fuzz test-transformers4 test-zoo bench-prune bench-parallel clean
 
 PYTHON ?= python3
 # The CPU and the CUDA runtimes overwrite each other, so each flavour has an environment of its own.
@@ -15,6 +15,7 @@ endif
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 OVERLAY := .overlay-transformers4
+OVERLAY_ZOO := .overlay-zoo
 TRITON := .venv-triton
 
 # $(call flag,VARIABLE,--option) is `--option 'value'` where the variable is set, whatever the value holds.
@@ -90,6 +91,15 @@ $(OVERLAY)/.installed: constraints-transformers4.txt $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(OVERLAY) -r constraints-transformers4.txt
 	@touch $@
 
+test-zoo: $(READY) $(OVERLAY_ZOO)/.installed ## Run tests/test_zoo.py on real networks of torchvision and timm
+	PYTHONPATH=$(CURDIR)/$(OVERLAY_ZOO) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/test_zoo.py
+
+$(OVERLAY_ZOO)/.installed: constraints-zoo.txt $(READY)
+	rm -rf $(OVERLAY_ZOO)
+	$(BIN)/python -m pip install --quiet --no-deps $(call flag,TORCH_INDEX,--extra-index-url) --target $(OVERLAY_ZOO) \
+	  -r constraints-zoo.txt
+	@touch $@
+
 bench-prune: $(READY) ## Time pruning, stage by stage, beside the paper's algorithm (minutes)
 	$(BIN)/python benchmarks/prune.py --shape minilm --samples 256 --length 128
 
@@ -97,5 +107,5 @@ bench-parallel: $(READY) ## Time pruning in one process and in two (minutes)
 	$(BIN)/python benchmarks/parallel.py time --shape minilm --samples 512 --length 64
 
 clean: ## Remove caches and build outputs (environments and bundles stay)
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis $(OVERLAY)
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis $(OVERLAY) $(OVERLAY_ZOO)
 	find . -path './.venv*' -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf

@@ -105,7 +105,7 @@ class Blank(nn.Module):
     def __init__(self, old: nn.Module) -> None:
         super().__init__()
         self.spatial = _Spatial(old)
-        _look_alike(self, old)
+        _describe(self, old)
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_zeros(self.spatial.shape(x, 1))
@@ -117,7 +117,7 @@ class Constant(nn.Module):
     def __init__(self, old: Any, features: int) -> None:
         super().__init__()
         self.spatial, self.features = _Spatial(old), features
-        _look_alike(self, old)
+        _describe(self, old)
         bias = None if old.bias is None else nn.Parameter(old.bias.new_zeros(features), requires_grad=False)
         self.register_parameter("bias", bias)
 
@@ -127,12 +127,13 @@ class Constant(nn.Module):
         if bias is None:
             return x.new_zeros(shape)
         after = len(self.spatial.kernel)  # axes behind the channels
-        return bias.reshape(-1, *[1] * after).expand(shape)
+        return bias.reshape(-1, *[1] * after).expand(shape).clone()  # an activation may write into it
 
 
-def _look_alike(new: nn.Module, old: nn.Module) -> None:
-    """Give a stand-in what its model's code may read of a convolution: MobileNetV2 pads by its stride."""
-    for name in ("kernel_size", "stride", "dilation", "padding"):
+def _describe(new: Any, old: Any) -> None:
+    """Say of a stand-in what code around a convolution may ask: transformers' MobileNets pad by its stride."""
+    padding = ("padding", "padding_mode", "_reversed_padding_repeated_twice")
+    for name in ("kernel_size", "stride", "dilation", *padding):
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
 

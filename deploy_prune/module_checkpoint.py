@@ -267,7 +267,8 @@ def _own_config(path: Path) -> ModuleConfig:
 
 def _timm_config(entry: Mapping[str, Any]) -> ModuleConfig:
     """Read a folder that timm wrote. Source: timm, models/_hub.py and data/transforms_factory.py."""
-    cfg = {**entry, **(entry.get("pretrained_cfg") or {})}
+    own = {key: entry[key] for key in ("num_classes", "label_names") if key in entry}
+    cfg = {**entry, **(entry.get("pretrained_cfg") or {}), **own}  # older releases leave the first training's inside
     size = tuple(int(n) for n in cfg.get("input_size", (3, 224, 224)))
     if len(size) != 3 or size[1] != size[2]:
         raise UnsupportedModelError(f"The model's images are {size}; only square ones are handled of timm's models.")
@@ -275,7 +276,9 @@ def _timm_config(entry: Mapping[str, Any]) -> ModuleConfig:
     if mode != "center" or filtered not in _FILTERS:
         raise UnsupportedModelError(f"timm's crop_mode '{mode}' with interpolation '{filtered}' is not followed here.")
     edge = math.floor(size[1] / float(cfg.get("crop_pct") or 0.875))
-    labels = cfg.get("label_names") or [f"LABEL_{n}" for n in range(int(cfg["num_classes"]))]
+    names = cfg.get("label_names") or {}  # a list or, where numbers are left out, names by number
+    known = {int(n): str(name) for n, name in (names.items() if isinstance(names, Mapping) else enumerate(names))}
+    labels = tuple(known.get(n, f"LABEL_{n}") for n in range(int(cfg["num_classes"])))
     processor = {
         "image_processor_type": "BitImageProcessor",
         "size": {"shortest_edge": edge},
@@ -287,7 +290,7 @@ def _timm_config(entry: Mapping[str, Any]) -> ModuleConfig:
         "do_convert_rgb": size[0] == 3,
     }
     kwargs = {**(entry.get("model_args") or {}), "model_name": cfg["architecture"], "num_classes": cfg["num_classes"]}
-    return ModuleConfig(TIMM, kwargs, (size[0], size[1], size[2]), tuple(map(str, labels)), processor=processor)
+    return ModuleConfig(TIMM, kwargs, (size[0], size[1], size[2]), labels, processor=processor)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -309,6 +312,11 @@ def _factory(name: str, allow: Sequence[str]) -> Callable[..., nn.Module]:
             return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise InputError(f"The factory {name} is not there: {error}.", hint="Install its package.") from error
+    except RuntimeError as error:  # torchvision's, where its operators do not fit the torch that is installed
+        raise InputError(
+            f"{module} cannot be imported: {one_line(error)}",
+            hint="Install its wheel for this torch: of the same version and, CPU or CUDA, from the same index.",
+        ) from error
     raise InputError(
         f"The folder asks to call {name}, which would run that module's code.",
         hint=f"If you trust it, allow its module: deploy-prune --allow-code {module} ..., or {ALLOW_CODE}={module}.",

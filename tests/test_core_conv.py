@@ -209,6 +209,50 @@ def test_transformers_resnet_keeps_its_folder(tmp_path: Path) -> None:
         assert torch.equal(sliced(x).logits, again(x).logits)
 
 
+@pytest.mark.parametrize("empty", ["0", "2"])
+def test_an_activation_may_write_into_what_a_layer_without_inputs_gives(empty: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.Hardswish(inplace=True), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(5, 6), nn.Hardswish(inplace=True), nn.Linear(6, 2),
+    ).eval()  # fmt: skip
+    graph = trace_channels(model, torch.randn(2, 3, 4, 4))
+    masks = MaskSet.ones(graph.groups)
+    masks[empty][:] = 0.0
+    plan = SlicePlan.from_masks(graph.groups, masks)
+    sliced, virtual = slice_channels(model, graph, plan), mask_channels(model, graph, plan)
+    for count in (3, 1, 1):
+        x = torch.randn(count, 3, 4, 4)
+        with torch.inference_mode():
+            assert torch.allclose(sliced(x), virtual(x), atol=1e-6)
+
+
+class Padded(nn.Module):
+    """Pads by what it reads of a convolution, as transformers' MobileNets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 3, stride=2), nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        edge: int = self.conv.kernel_size[0] - self.conv.stride[0]  # type: ignore[index, operator]
+        x = nn.functional.pad(torch.relu(self.stem(x)), (0, edge, 0, edge))
+        return self.fc(torch.relu(self.conv(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("empty", ["stem", "conv"])
+def test_code_may_read_the_stride_of_a_convolution_that_is_gone(empty: str) -> None:
+    torch.manual_seed(0)
+    model, x = Padded().eval(), torch.randn(3, 3, 8, 8)
+    graph = trace_channels(model, x)
+    masks = MaskSet.ones(graph.groups)
+    masks[empty][:] = 0.0
+    plan = SlicePlan.from_masks(graph.groups, masks)
+    with torch.inference_mode():
+        virtual = mask_channels(model, graph, plan)(x)
+        assert torch.allclose(slice_channels(model, graph, plan)(x), virtual, atol=1e-6)
+
+
 class _NoProcessor:
     def save_pretrained(self, folder: Path) -> None:
         pass

@@ -108,6 +108,21 @@ def test_an_architecture_that_the_installed_timm_lacks_is_named(
         load_dense(str(tmp_path), "classification")
 
 
+def test_a_torchvision_that_was_built_for_another_torch_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torchvision").mkdir()
+    said = "operator torchvision::nms does not exist"
+    (tmp_path / "torchvision" / "__init__.py").write_text(f"raise RuntimeError({said!r})")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    monkeypatch.delitem(sys.modules, "torchvision.models", raising=False)
+    folder = save(tiny_cnn("basic", classes=3), tmp_path / "model", "torchvision.models.resnet18")
+    with pytest.raises(InputError, match=rf"torchvision\.models cannot be imported: {said}") as caught:
+        load_dense(str(folder), "classification")
+    assert "for this torch" in caught.value.hint
+
+
 def test_convolutions_of_own_classes_are_cut() -> None:
     torch.manual_seed(0)
     model = seen_data(same())

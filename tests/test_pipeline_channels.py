@@ -289,6 +289,18 @@ def test_folders_of_timm_are_read(tmp_path: Path) -> None:
         read_module_config(tmp_path)
 
 
+def test_classes_of_a_timm_folder_win_over_those_of_its_first_training(tmp_path: Path) -> None:
+    first = {"num_classes": 4, "label_names": ["of", "the", "first", "training"], "mean": [0.5] * 3, "std": [0.5] * 3}
+    names: Any
+    for names in (["cat", "dog", "eel"], {"0": "cat", "2": "eel"}):
+        entry = {"architecture": "resnet18", "num_classes": 3, "label_names": names, "pretrained_cfg": first}
+        (tmp_path / "config.json").write_text(json.dumps(entry))
+        config = read_module_config(tmp_path)
+        assert config is not None
+        assert config.kwargs["num_classes"] == 3
+        assert config.labels == ("cat", "dog" if isinstance(names, list) else "LABEL_1", "eel")
+
+
 def test_the_experiment_of_channels(tmp_path: Path) -> None:
     given = settings(tmp_path)
     setting = Setting(given["model"], given["task"], given["data"], (0.7, 0.5), (0,), samples=64)
