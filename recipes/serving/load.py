@@ -96,20 +96,29 @@ def feeds_of(bundle: Path, rows: int, tokens: int) -> dict[str, np.ndarray]:
     }
 
 
-def floor_of(bundle: Path, variant: str, precision: str, tokens: int, seconds: float = 1.0) -> dict[int, float]:
-    """Return the processor seconds of one run of the bare runtime by its rows, median of several."""
-    found = {}
-    with open_bundle(bundle, variant=variant, precision=precision, threads=1) as predictor:  # type: ignore[arg-type]
-        for rows in FLOOR_ROWS:
-            feeds, times = feeds_of(bundle, rows, tokens), []
-            predictor.infer(feeds)
-            until = time.monotonic() + seconds
-            while len(times) < 5 or time.monotonic() < until:
+@dataclass
+class Floor:
+    """Take the processor seconds of the bare runtime's runs by their rows, before and after each number of clients."""
+
+    predictor: Any
+    feeds: dict[int, dict[str, np.ndarray]]
+    taken: dict[int, list[float]] = field(default_factory=dict)
+
+    def take(self) -> None:
+        """Forget all but the last times, and take new ones: at least two runs of each size, and half a second."""
+        for rows, feeds in self.feeds.items():
+            times: list[float] = []
+            until = time.monotonic() + 0.5
+            while len(times) < 2 or time.monotonic() < until:
                 begun = time.process_time()
-                predictor.infer(feeds)
+                self.predictor.infer(feeds)
                 times.append(time.process_time() - begun)
-            found[rows] = float(np.median(times))
-    return found
+            self.taken[rows] = [*self.taken.get(rows, [])[-1:], float(np.median(times))]
+
+    def per_row(self, rows: float) -> float:
+        """Return the mean of before and after for one row, in runs of so many rows."""
+        seconds = [float(np.mean(times)) for times in self.taken.values()]
+        return float(np.interp(rows, list(self.taken), seconds)) / rows
 
 
 @app.command()
@@ -127,7 +136,6 @@ def load(
     """Append a line of JSON per server, variant and number of clients."""
     feeds = feeds_of(bundle, 1, tokens)
     for variant in variants.split(","):
-        floor = floor_of(bundle, variant, precision, tokens)
         if mlserver_program is None:
             flags = ("--variant", variant, "--precision", precision, "--batch-rows", str(batch_rows))
             making: Any = served(bundle, *flags)
@@ -135,14 +143,21 @@ def load(
             opened = Bundle.open(bundle)
             artifact = find_artifact(opened, variant, "onnx", precision)  # type: ignore[arg-type]
             making = mlserver(mlserver_program, opened.path(artifact.path), batch_rows)
-        with making as server:
+        opening = open_bundle(bundle, variant=variant, precision=precision, threads=1)  # type: ignore[arg-type]
+        with making as server, opening as predictor:
+            floor = Floor(
+                predictor, {rows: feeds_of(bundle, rows, tokens) for rows in FLOOR_ROWS if rows <= batch_rows}
+            )
             asyncio.run(clients_at(server, 2, feeds, 2.0))  # warm
+            floor.take()
             for count in map(int, clients.split(",")):
                 ours = mlserver_program is None
                 before, own, runs = server.cpu_seconds(), time.process_time(), server.counts() if ours else (0.0, 0.0)
                 begun = time.monotonic()
                 tally = asyncio.run(clients_at(server, count, feeds, seconds))
                 wall = time.monotonic() - begun
+                used, own = server.cpu_seconds() - before, time.process_time() - own
+                floor.take()
                 answered = len(tally.seconds)
                 after = server.counts() if ours else (0.0, 0.0)
                 rows = (after[1] - runs[1]) / max(after[0] - runs[0], 1) if ours else None
@@ -159,17 +174,12 @@ def load(
                     "p50_ms": 1e3 * float(np.percentile(tally.seconds, 50)),
                     "p99_ms": 1e3 * float(np.percentile(tally.seconds, 99)),
                     "rows_per_run": rows,
-                    "server_cpu_ms": 1e3 * (server.cpu_seconds() - before) / answered,
-                    "client_cpu_ms": 1e3 * (time.process_time() - own) / answered,
-                    "floor_cpu_ms": 1e3 * per_row(floor, rows or 1.0),
+                    "server_cpu_ms": 1e3 * used / answered,
+                    "client_cpu_ms": 1e3 * own / answered,
+                    "floor_cpu_ms": 1e3 * floor.per_row(rows or 1.0),
                     "load_average": psutil.getloadavg()[0],
                 }
                 append(out, entry)
-
-
-def per_row(floor: dict[int, float], rows: float) -> float:
-    """Return the bare runtime's processor seconds for one row, in runs of so many rows."""
-    return float(np.interp(rows, list(floor), list(floor.values()))) / rows
 
 
 @app.command()

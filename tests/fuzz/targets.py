@@ -23,7 +23,7 @@ from deploy_prune.config import BenchSettings, ExportSettings, GateSettings, Rec
 from deploy_prune.costs import latency_table
 from deploy_prune.errors import DeployPruneError
 from deploy_prune.images import ImageProcessor, open_image
-from deploy_prune.latency_table import LatencyTable, LatencyTables, read_latency_table
+from deploy_prune.latency_table import ChannelLatency, LatencyTable, LatencyTables, read_latency_table
 from deploy_prune.lengths import Lengths
 from deploy_prune.npz import read_npz
 from deploy_prune.signature import Signature
@@ -80,7 +80,10 @@ def recipe(data: bytes) -> None:
 def lut(data: bytes) -> None:
     """Read a latency table and look it up."""
     table = read_latency_table(file_of(data, "lut.json"))
-    table.check([HEADS])
+    if isinstance(table, ChannelLatency):
+        table.check([HEADS], table.image)
+    else:
+        table.check([HEADS])
     if isinstance(table, LatencyTables):
         latency_table([HEADS], table, Lengths.one(table.tables[0].seq))
     if isinstance(table, LatencyTable):
