@@ -260,6 +260,7 @@ def test_the_network_towards_the_first_machine_is_chosen(monkeypatch: pytest.Mon
     monkeypatch.delenv(hosts.INTERFACE, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # which the choice is written into
     monkeypatch.setattr(hosts, "interface_towards", lambda host: f"towards {host}")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     hosts.choose_interface()
