@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .bounds import LARGEST_CUT, SMALL
 from .config import ALLOW_CODE, allowed_code
@@ -178,7 +179,8 @@ def load_module(
         return stored
 
     if factory is None and config.factory.startswith("torchvision."):  # others may read values while they build
-        check_stored(make, cut, folder / WEIGHTS)
+        with _RealValues():
+            check_stored(make, cut, folder / WEIGHTS)
     model = make()
     try:
         model.load_state_dict(cut(model, load_file(folder / WEIGHTS)), strict=True)
@@ -191,6 +193,14 @@ def load_module(
         model.deploy_prune = dict(config.spec)  # type: ignore[assignment]
     model.module_config = config  # type: ignore[assignment]
     return model.eval()
+
+
+class _RealValues(TorchFunctionMode):
+    """Keep ranges and given numbers on the CPU under a device without memory: RegNet reads its own as it is built."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        return func(*args, **({**given, "device": "cpu"} if func in (torch.arange, torch.tensor) else given))
 
 
 def _made(make: Callable[..., nn.Module], name: str, kwargs: Mapping[str, Any]) -> nn.Module:
