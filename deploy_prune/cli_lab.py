@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from . import screen
-from .config import DEMO_MODELS
+from .config import DEMO_MODELS, Augment
 from .errors import InputError
-from .flags import Json, numbers, shares
+from .flags import Json, choices, numbers, shares
 
 app = typer.Typer()
 
@@ -40,9 +40,10 @@ def experiment(
     lut: Annotated[str | None, typer.Option(help="Latency table of this model, for latency and prediction.")] = None,
     rival: Annotated[str | None, typer.Option(help="Another dense checkpoint of the task, for rival.")] = None,
     recover_epochs: Annotated[float, typer.Option(help="Epochs of recover.")] = 3.0,
-    recover_lr: Annotated[float, typer.Option(help="Its peak learning rate.")] = 2e-5,
+    recover_lr: Annotated[str, typer.Option(help="Its peak learning rates.")] = "1e-5",
     recover_samples: Annotated[int, typer.Option(min=64, help="Its training rows.")] = 16_384,
     recover_batch: Annotated[int, typer.Option(min=1, help="Its batch size.")] = 32,
+    recover_augment: Annotated[str, typer.Option(help="How it moves images: none, shift, flip.")] = "none",
     as_json: Json = False,
 ) -> None:
     """Run an experiment over budgets and seeds; write JSON, CSV, a Markdown table and an SVG figure.
@@ -69,9 +70,10 @@ def experiment(
         lut=lut,
         rival=rival,
         recover_epochs=recover_epochs,
-        recover_lr=recover_lr,
+        recover_lr=tuple(shares("--recover-lr", recover_lr)),
         recover_samples=recover_samples,
         recover_batch=recover_batch,
+        recover_augment=tuple(choices("--recover-augment", recover_augment, get_args(Augment))),  # type: ignore[arg-type]
     )
     with screen.Bars() as bars:
         document, files = run_experiment(name, setting, out, bars, stem)

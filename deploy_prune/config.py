@@ -21,6 +21,8 @@ ALLOW_PICKLE = "DEPLOY_PRUNE_ALLOW_PICKLE"  # environment variable: read torch's
 PROGRAMS = "pt2"  # in ALLOW_CODE: also open a bundle's .pt2 files, which name what torch calls
 ENGINES = "engines"  # in ALLOW_CODE: also open a bundle's engines, which are programs for the GPU
 
+Augment = Literal["none", "shift", "flip"]  # what the distillation does with images
+
 
 def allowed_code() -> list[str]:
     """Return what the user lets run: Python modules that checkpoints name, perhaps `PROGRAMS` and `ENGINES`."""
@@ -249,11 +251,14 @@ class Recipe(ExportSettings):
     recover_minutes: float | None = _field(
         None, "Distil for so many minutes; with --recover-epochs what ends first counts.", gt=0
     )
-    recover_lr: float = _field(2e-5, "Largest learning rate of the distillation.", gt=0)
+    recover_lr: float = _field(1e-5, "Largest learning rate of the distillation.", gt=0)
     recover_samples: int | None = _field(
         None, "Training rows to distil on, a tenth of which judges (default: all, at most 16384).", ge=MIN_SAMPLES
     )
     recover_batch: int = _field(32, "Rows of one step of the distillation.", ge=1)
+    recover_augment: Augment = _field(
+        "none", "Move the images anew at each step of the distillation by up to an eighth; flip: mirror half, too."
+    )
     recover_label_share: float = _field(
         0.0, "Share of the true labels in the distillation's loss; 0 needs no labels.", ge=0, le=1
     )

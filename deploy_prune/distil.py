@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,19 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from . import parallel
 from .batches import Batch, Batches
+from .config import Augment
 from .heads import Head
 from .progress import Progress
 from .tasks.base import Row
 
 EVALUATIONS = 10  # of the held-out rows in a run; each is a checkpoint
-PATIENCE = 5  # evaluations without a new best after which the run ends
+RISES = 2  # evaluations in a row at which the held-out loss rises, late in a run: it ends
+SHIFT = 8  # images are moved by up to this part of their edge
 POOL_BATCHES = 50  # batches that are made of like lengths together
 WORKERS = 4  # processes that prepare batches for a GPU
 
@@ -120,8 +124,10 @@ def unexplained(found: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
 class Feed:
     """Deal rows out into the batches of a whole run: like lengths together, in an order that the seed fixes."""
 
-    def __init__(self, rows: Sequence[Row], head: Head, pad_id: int, batch_rows: int, seed: int) -> None:
-        self.rows, self.batch_rows, self.seed = rows, batch_rows, seed
+    def __init__(
+        self, rows: Sequence[Row], head: Head, pad_id: int, batch_rows: int, seed: int, augment: Augment = "none"
+    ) -> None:
+        self.rows, self.batch_rows, self.seed, self.augment = rows, batch_rows, seed, augment
         self.batches = Batches(rows, head, pad_id, batch_rows)
         self.per_epoch = len(self.batches)
 
@@ -144,8 +150,13 @@ class Feed:
         The processes' gradients are averaged: a part counts by its rows, and one without rows runs a row for nothing.
         """
         whole, processes = steps[0], parallel.size()
-        part = whole[parallel.rank() :: processes]
+        mine = slice(parallel.rank(), None, processes)
+        part = whole[mine]
         batch = self.batches.collate(part or whole[:1])
+        if self.augment != "none" and "pixel_values" in batch.inputs:
+            draws = np.random.default_rng([self.seed, *whole]).random((len(whole), 3))
+            pixels = batch.inputs["pixel_values"]
+            batch.inputs["pixel_values"] = moved(pixels, draws[mine] if part else draws[:1], self.augment == "flip")
         labels = {} if batch.labels is None else {"labels": batch.labels}
         return {
             "inputs": batch.inputs,
@@ -153,6 +164,19 @@ class Feed:
             "share": len(part) * processes / len(whole),
             **labels,
         }
+
+
+def moved(pixels: Tensor, draws: np.ndarray, flip: bool) -> Tensor:
+    """Return images (B, C, H, W) moved by up to an eighth, and half of them mirrored if asked; draws (B, 3): [0, 1)."""
+    height, width = pixels.shape[-2:]
+    high, wide = height // SHIFT, width // SHIFT
+    padded = nn.functional.pad(pixels, (wide, wide, high, high), mode="replicate")
+    images = []
+    for image, (down, right, side) in zip(padded, draws.tolist(), strict=True):
+        top, left = int(down * (2 * high + 1)), int(right * (2 * wide + 1))
+        cut = image[:, top : top + height, left : left + width]
+        images.append(cut.flip(-1) if flip and side < 0.5 else cut)
+    return torch.stack(images)
 
 
 class DistilTrainer(Trainer):
@@ -205,7 +229,7 @@ class DistilTrainer(Trainer):
             report_to="none",
         )
         arguments._n_gpu = min(1, arguments.n_gpu)  # one device: DataParallel would copy the models at every step
-        callbacks = [EarlyStoppingCallback(PATIENCE), Report(progress)]
+        callbacks = [EarlyStop(), Report(progress)]
         super().__init__(model, arguments, train_dataset=self.plan, eval_dataset=held, callbacks=callbacks)
         self.pop_callback(transformers.PrinterCallback)
 
@@ -229,6 +253,28 @@ class DistilTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+class EarlyStop(TrainerCallback, ExportableState):
+    """End a run whose held-out loss is no number, or rises again and again while the learning rate falls.
+
+    In the first half of the schedule it may rise: the steps are large there, and the cosine brings it down again.
+    """
+
+    def __init__(self) -> None:
+        self.last: float | None = None
+        self.rises = 0
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        loss, late = kwargs["metrics"]["eval_loss"], 2 * state.global_step > state.max_steps
+        rose = self.last is not None and loss > self.last
+        self.last, self.rises = loss, self.rises + 1 if late and rose else 0
+        if self.rises >= RISES or not math.isfinite(loss):
+            control.should_training_stop = True
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"args": {}, "attributes": {"last": self.last, "rises": self.rises}}
 
 
 class Report(TrainerCallback):

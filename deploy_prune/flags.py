@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -149,3 +149,11 @@ def numbers(flag: str, text: str) -> list[int]:
         return [int(word) for word in words(text)]
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is not a list of whole numbers", param_hint=flag) from error
+
+
+def choices(flag: str, text: str, allowed: Sequence[str]) -> list[str]:
+    """Read a list of names. Raises BadParameter naming the flag and what it allows."""
+    found = words(text)
+    if wrong := [name for name in found if name not in allowed]:
+        raise typer.BadParameter(f"{wrong[0]!r} is not one of {', '.join(allowed)}", param_hint=flag)
+    return found

@@ -23,7 +23,7 @@ from . import parallel
 from .batches import Batch, Batches
 from .calibration import hash_rows
 from .checkpoint import quiet_transformers
-from .config import Recipe
+from .config import Augment, Recipe
 from .disk import disk_errors, sha256_file, write_atomically
 from .distil import EVALUATIONS, Distillation, DistilTrainer, Feed, Weights
 from .errors import InputError
@@ -52,9 +52,10 @@ class Recovery:
 
     epochs: float | None = None
     minutes: float | None = None
-    lr: float = 2e-5
+    lr: float = 1e-5
     batch_rows: int = 32
     weights: Weights = field(default_factory=Weights)
+    augment: Augment = "none"  # of images alone
     seed: int = 0
 
     @classmethod
@@ -66,6 +67,7 @@ class Recovery:
             lr=recipe.recover_lr,
             batch_rows=recipe.recover_batch,
             weights=Weights(hidden=float(hidden), labels=recipe.recover_label_share),
+            augment=recipe.recover_augment,
             seed=recipe.seed,
         )
 
@@ -123,7 +125,7 @@ def recover(
         stack.enter_context(quiet_transformers())
         stack.enter_context(_trainable(student))
         model = Distillation(student, teacher.eval(), head, settings.weights)
-        feed = Feed(train, head, pad_id, settings.batch_rows, settings.seed)
+        feed = Feed(train, head, pad_id, settings.batch_rows, settings.seed, settings.augment)
         judges = [batch.to(model.device) for batch in Batches(held, head, pad_id)]
         if "steps" not in scratch.known:
             scratch.note(**parallel.agree_values(_plan(model, feed, judges, settings)))

@@ -106,7 +106,7 @@ def test_gate_trials_are_counted(
     (files / "truth.json").write_text(json.dumps({"kinds": kinds}))
     out = tmp_path / "trials.jsonl"
     for _ in range(2):
-        gate_trials.trials(files, out, count=1, seconds=5.0)
+        gate_trials.trials(files, out, count=1, seconds=10.0)
     entries = [json.loads(line) for line in out.read_text().splitlines()]
     assert [e["kind"] for e in entries] == ["same", "10 %"]
     assert entries[1]["found"] > 1.5

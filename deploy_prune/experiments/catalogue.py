@@ -119,7 +119,10 @@ EXPERIMENTS = {
         convolutional=True,
     ),
     "recover": Experiment(
-        "Recovery by distillation", quality.recovery, ("keep", "method"), (*QUALITY, "kept_flops", "kept_params")
+        "Recovery by distillation",
+        quality.recovery,
+        ("keep", "method", "lr", "augment"),
+        (*QUALITY, "held_out_before", "held_out_after", "kept_flops", "kept_params"),
     ),
     "steps": Experiment("One shot and iterative", quality.steps, ("keep", "steps"), (*QUALITY, "seconds")),
 }

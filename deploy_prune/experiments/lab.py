@@ -13,6 +13,7 @@ from torch import nn
 
 from ..calibration import sample_indices
 from ..checkpoint import input_signature, load_config, load_dense
+from ..config import Augment
 from ..costs import Budget, counts_of
 from ..errors import InputError
 from ..fidelity import fidelity
@@ -53,9 +54,10 @@ class Setting:
     lut: str | None = None  # a latency table of this model
     rival: str | None = None  # another dense checkpoint, fine-tuned on the same task
     recover_epochs: float = 3.0
-    recover_lr: float = 2e-5
+    recover_lr: tuple[float, ...] = (1e-5,)  # each is tried
     recover_samples: int = 16_384  # training rows, of which a part is held out
     recover_batch: int = 32
+    recover_augment: tuple[Augment, ...] = ("none",)  # likewise
 
 
 class Lab:
@@ -116,7 +118,7 @@ class Lab:
         found = self.pruner(seed, samples).prune(budget, options)
         return found, found.slice()
 
-    def recover(self, student: nn.Module, seed: int) -> dict[str, Any]:
+    def recover(self, student: nn.Module, seed: int, lr: float, augment: Augment) -> dict[str, Any]:
         """Distil a sliced model in place on the training split; return the record."""
         setting, train = self.setting, self.data.train
         return recover(
@@ -126,8 +128,9 @@ class Lab:
             train.encode(sample_indices(len(train), setting.recover_samples, seed)),
             Recovery(
                 epochs=setting.recover_epochs,
-                lr=setting.recover_lr,
+                lr=lr,
                 batch_rows=setting.recover_batch,
+                augment=augment,
                 seed=seed,
             ),
             pad_id=self.pad_id,

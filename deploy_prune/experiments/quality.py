@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -21,8 +23,10 @@ from .methods import CHANNEL_STAGES, CHANNEL_TRADEOFF, DEFAULT, PAPER, STAGES, S
 Rows = Iterator[dict[str, Any]]
 
 
-def _pruned(lab: Lab, keep: float, seed: int, options: Options, **more: Any) -> dict[str, Any]:
-    found, sliced = lab.prune(keep, seed, options)
+def _pruned(
+    lab: Lab, keep: float, seed: int, options: Options, samples: int | None = None, **more: Any
+) -> dict[str, Any]:
+    found, sliced = lab.prune(keep, seed, options, samples=samples)
     return {"keep": keep, "seed": seed, **more, **lab.compare(sliced), **lab.describe(found)}
 
 
@@ -108,9 +112,7 @@ def samples(lab: Lab) -> Rows:
     for seed, keep in product(lab.setting.seeds, with_keeps(lab.setting.keeps, (0.5,))):
         for count in counts:
             for method, options in {"paper": PAPER, "default": DEFAULT}.items():
-                found, sliced = lab.prune(keep, seed, options, samples=count)
-                same = {"keep": keep, "seed": seed, "samples": count, "method": method}
-                yield same | lab.compare(sliced) | lab.describe(found)
+                yield _pruned(lab, keep, seed, options, count) | {"samples": count, "method": method}
 
 
 def vision(lab: Lab) -> Rows:
@@ -123,15 +125,14 @@ def vision(lab: Lab) -> Rows:
     tuned = replace(PAPER, compensate="mask-tuning-exact") if lab.device.type == "cuda" else PAPER
     both = {"paper": tuned, "default": DEFAULT}
     stages = {name: tuned if options is PAPER else options for name, options in STAGES.items()}
+    cell = cache(partial(_pruned, lab))  # some belong to two parts or three
     for seed in lab.setting.seeds:
         for keep, (method, options) in product(with_keeps(lab.setting.keeps, (0.9, 0.8, 0.7, 0.6, 0.5)), both.items()):
-            yield _pruned(lab, keep, seed, options, part="FLOPs", samples=given, method=method)
+            yield cell(keep, seed, options, given) | {"part": "FLOPs", "samples": given, "method": method}
         for method, options in stages.items():
-            yield _pruned(lab, 0.6, seed, options, part="stages", samples=given, method=method)
+            yield cell(0.6, seed, options, given) | {"part": "stages", "samples": given, "method": method}
         for count, (method, options) in product(counts, both.items()):
-            found, sliced = lab.prune(0.6, seed, options, samples=count)
-            same = {"part": "samples", "keep": 0.6, "seed": seed, "samples": count, "method": method}
-            yield same | lab.compare(sliced) | lab.describe(found)
+            yield cell(0.6, seed, options, count) | {"part": "samples", "samples": count, "method": method}
 
 
 def channels(lab: Lab) -> Rows:
@@ -148,9 +149,13 @@ def recovery(lab: Lab) -> Rows:
         found, sliced = lab.prune(Budget(keep_flops=keep, keep_params=keep), seed, DEFAULT)
         kept_params = 1 - removed_params(found.groups, found.plan) / sum(g.size * g.params for g in found.groups)
         same = {"keep": keep, "seed": seed, **lab.describe(found), "kept_params": kept_params}
-        yield {**same, "method": "pruned", **lab.compare(sliced)}
-        record = lab.recover(sliced, seed)
-        yield {**same, "method": "recovered", **lab.compare(sliced), "recovery": record}
+        yield {**same, "method": "pruned", "lr": "-", "augment": "-", **lab.compare(sliced)}
+        for lr, augment in product(lab.setting.recover_lr, lab.setting.recover_augment):
+            student = copy.deepcopy(sliced)
+            record = lab.recover(student, seed, lr, augment)
+            held = {"held_out_before": record["loss_before"], "held_out_after": record["loss_after"]}
+            tried = {"method": "recovered", "lr": lr, "augment": augment}
+            yield {**same, **tried, **lab.compare(student), **held, "recovery": record}
 
 
 def successors(lab: Lab) -> Rows:

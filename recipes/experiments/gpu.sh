@@ -12,20 +12,33 @@ recipes="$(cd "$(dirname "$0")" && pwd)"
 cli=(python3 -m deploy_prune)
 log() { echo "[$(date +%T)] $*"; }
 
-vit() { # NAME TASK DATA OUT EPOCHS: a seed of `vit` each in a process of its own, recovery beside them
-  local name=$1 task=$2 data=$3 out=$4 epochs=$5 seed
-  local same=(--model "models/$name" --task "$task" --data "$data" --device "${DEVICE:-cuda}" --out "$out")
+same() { # NAME TASK DATA OUT: what every experiment on a model is given
+  echo --model "models/$1" --task "$2" --data "$3" --device "${DEVICE:-cuda}" --out "$4"
+}
+
+vit() { # NAME TASK DATA OUT [KEEPS]: a seed of `vit` each in a process of its own
+  local name=$1 out=$4 seed
   for seed in 0 1 2; do
-    "${cli[@]}" experiment vit "${same[@]}" --seeds "$seed" --stem "$name-vit-$seed" > "$out/$name-vit-$seed.log" 2>&1 &
+    # shellcheck disable=SC2046
+    OMP_NUM_THREADS=3 "${cli[@]}" experiment vit $(same "$@") --keep "${5:-}" --seeds "$seed" --stem "$name-vit-$seed" \
+      > "$out/$name-vit-$seed.log" 2>&1 &
   done
+}
+
+recover() { # NAME TASK DATA OUT EPOCHS LRS AUGMENTS: every way of recovery at 0.7 tried, a seed after the other
+  local name=$1 out=$4 seed
   for seed in 0 1 2; do
-    "${cli[@]}" experiment recover "${same[@]}" --seeds "$seed" --recover-epochs "$epochs" --recover-batch 256 --recover-lr 3e-4 \
-      --recover-samples 60000 --stem "$name-recover-$seed" > "$out/$name-recover-$seed.log" 2>&1 || log "recover failed"
+    # shellcheck disable=SC2046
+    OMP_NUM_THREADS=4 "${cli[@]}" experiment recover $(same "$@") --seeds "$seed" --recover-epochs "$5" --recover-batch 64 \
+      --recover-lr "$6" --recover-augment "$7" --stem "$name-recover-$seed" > "$out/$name-recover-$seed.log" 2>&1 ||
+      log "recovery failed"
     log "recovered with seed $seed"
   done
-  wait
-  python3 "$recipes/merge.py" "$out/$name" "$out/$name"-vit-[0-9]*.json
-  python3 "$recipes/merge.py" "$out/$name-recover" "$out/$name"-recover-[0-9]*.json || log "nothing recovered"
+}
+
+merge() { # NAME OUT: the seeds of each experiment in one document
+  python3 "$recipes/merge.py" "$2/$1" "$2/$1"-vit-[0-9].json || log "no vit"
+  python3 "$recipes/merge.py" "$2/$1-recover" "$2/$1"-recover-[0-9].json || log "no recovery"
 }
 
 case $what in
@@ -34,7 +47,10 @@ case $what in
     log "train"
     python3 "$recipes/vision.py" train "$data" models/vit-s-fashion --task fashion_mnist --epochs "${EPOCHS:-16}" --batch 512
     log "experiments"
-    vit vit-s-fashion fashion_mnist "$data" "$out" 4
+    vit vit-s-fashion fashion_mnist "$data" "$out"
+    recover vit-s-fashion fashion_mnist "$data" "$out" 4 1e-5 none
+    wait
+    merge vit-s-fashion "$out"
     ;;
   cifar)
     data=$2 out=$3
@@ -42,7 +58,10 @@ case $what in
     python3 "$recipes/vision.py" train "$data" models/dinov2-s-cifar --task cifar10 --encoder "$4" --image 112 \
       --epochs "${EPOCHS:-20}" --batch 128 --lr 1e-4
     log "experiments"
-    vit dinov2-s-cifar cifar10 "$data" "$out" 10
+    vit dinov2-s-cifar cifar10 "$data" "$out" 0.8,0.7,0.6,0.5
+    recover dinov2-s-cifar cifar10 "$data" "$out" 20 1e-5,3e-5,1e-4 none,flip
+    wait
+    merge dinov2-s-cifar "$out"
     ;;
   bert)
     log "make"
