@@ -131,7 +131,7 @@ def rival(
     document = {
         "experiment": "cnn-rival",
         "title": "Beside Torch-Pruning, at the same FLOPs",
-        "setting": {"model": model, "task": task, "samples": samples},
+        "setting": {"model": Path(model).name, "task": task, "samples": samples},
         "dense": lab.dense_row,
         "evaluated": {"split": lab.data.evaluation.name, "rows": len(lab.rows)},
         "machine": lab.machine(),

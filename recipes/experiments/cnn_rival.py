@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,24 +43,46 @@ def rivals(
     """Yield a name and a model cut to at most `most_flops` for every importance, ranking and choice of groups.
 
     "inner" cuts the groups that `graph` has, "all" every group that Torch-Pruning finds, residual streams too. Taylor
-    and Hessian see the given images (B, C, H, W) and labels; Hessian their first 256.
+    and Hessian see the given images (B, C, H, W) and labels; Hessian the squared gradients of their first 256, one by
+    one (`accumulate_grad` of 1.6.1, called for each image, would keep those of the last one alone).
     """
     inner = {p for g in graph.groups for p in g.producers}
     head = graph.layers[-1].path
     for name, make in importances().items():
+        grads = _gradients(copy.deepcopy(model), make(), images, labels)
         for groups in ("inner", "all"):
             kept = [x.path for x in graph.layers if x.path == head or (groups == "inner" and x.path not in inner)]
             for ranking in ("global", "local"):
-                cut = _cut_to(model, make, images, labels, kept, ranking == "global", most_flops, count)
+                cut = _cut_to(model, make, grads, images[:2], kept, ranking == "global", most_flops, count)
                 if cut is not None:
                     yield f"Torch-Pruning {name}, {groups}, {ranking}", cut
+
+
+def _gradients(model: nn.Module, importance: Any, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Return the gradients that an importance reads, which do not depend on how much is cut."""
+    import torch_pruning as tp
+
+    if isinstance(importance, tp.importance.GroupHessianImportance):
+        squares: dict[str, Tensor] = {}
+        for x, y in zip(images[:256].split(1), labels[:256].split(1), strict=True):
+            model.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            for path, p in model.named_parameters():
+                if p.grad is not None:
+                    squares[path] = squares.get(path, torch.zeros_like(p)) + p.grad.square()
+        return {path: square.sqrt() for path, square in squares.items()}
+    if isinstance(importance, tp.importance.GroupTaylorImportance):
+        for x, y in zip(images.split(128), labels.split(128), strict=True):
+            F.cross_entropy(model(x), y, reduction="sum").backward()
+        return {path: p.grad for path, p in model.named_parameters() if p.grad is not None}
+    return {}
 
 
 def _cut_to(
     model: nn.Module,
     make: Callable[[], Any],
-    images: Tensor,
-    labels: Tensor,
+    grads: Mapping[str, Tensor],
+    example: Tensor,
     kept: Sequence[str],
     overall: bool,
     most_flops: float,
@@ -70,7 +92,7 @@ def _cut_to(
     low, high, found = 0.0, MOST_CUT, None
     for _ in range(BISECTIONS):
         ratio = (low + high) / 2
-        cut = _cut(copy.deepcopy(model), make(), images, labels, kept, overall, ratio)
+        cut = _cut(copy.deepcopy(model), make(), grads, example, kept, overall, ratio)
         if count(cut) <= most_flops:
             high, found = ratio, cut
         else:
@@ -79,7 +101,13 @@ def _cut_to(
 
 
 def _cut(
-    model: Any, importance: Any, images: Tensor, labels: Tensor, kept: Sequence[str], overall: bool, ratio: float
+    model: Any,
+    importance: Any,
+    grads: Mapping[str, Tensor],
+    example: Tensor,
+    kept: Sequence[str],
+    overall: bool,
+    ratio: float,
 ) -> nn.Module:
     import torch_pruning as tp
 
@@ -87,23 +115,18 @@ def _cut(
         warnings.simplefilter("ignore")
         pruner = tp.pruner.BasePruner(
             model,
-            images[:2],
+            example,
             importance=importance,
             global_pruning=overall,
             pruning_ratio=ratio,
             max_pruning_ratio=MOST_CUT,
             ignored_layers=[model.get_submodule(path) for path in kept],
         )
+        for path, p in model.named_parameters():
+            p.grad = grads[path].clone() if path in grads else None
         if isinstance(importance, tp.importance.GroupHessianImportance):
             importance.zero_grad()
-            for x, y in zip(images[:256].split(1), labels[:256].split(1), strict=True):
-                model.zero_grad()
-                F.cross_entropy(model(x), y).backward()
-                importance.accumulate_grad(model)
-        elif isinstance(importance, tp.importance.GroupTaylorImportance):
-            model.zero_grad()
-            for x, y in zip(images.split(128), labels.split(128), strict=True):
-                F.cross_entropy(model(x), y, reduction="sum").backward()
+            importance.accumulate_grad(model)
         pruner.step()
     return model.eval()
 
