@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import importlib.metadata
-import json
-import platform
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,23 +12,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import __version__, parallel
+from . import parallel
 from .archs import max_positions
-from .bundle import VARIANTS, Artifact, Bundle, Stage
-from .checkpoint import Dense, load_config, load_dense, save_sliced
-from .config import BenchSettings, Recipe
-from .costs import encoder_flops
+from .bundle import Bundle
+from .checkpoint import Dense, load_config, load_dense
+from .config import Recipe
 from .depth import Depth
-from .disk import disk_errors, real_path, write_atomically
-from .errors import BundleError, InputError, VerdictError
+from .disk import real_path
+from .errors import InputError, VerdictError
 from .evaluate import evaluate
+from .finishing import earlier, finish
 from .heads import Head
 from .late import Late
-from .lengths import Lengths
 from .offload import settle
 from .progress import Reporter, Silent
 from .pruner import prune_rows
 from .publishing import publish, staging
+from .recording import budget_entry, fill, store, task_entry, versions
 from .resolving import (
     budget_of,
     calibration_rows,
@@ -45,19 +41,16 @@ from .resolving import (
     resolve,
 )
 from .resume import HALF, Resume, agreed, resume_folder, run_key
-from .signature import Signature
 from .stages import Options, PrunedPlan, Recorder, resolve_device
 from .surgery import surgery_of
 from .tasks import check_task, load_task, task_head
 from .tasks.base import Row, TaskData
 from .tasks.registry import model_head
-from .units import MaskSet, SlicePlan
-from .variants import Variants, count_variants, make_variants
+from .units import SlicePlan
+from .variants import make_variants
 
 if TYPE_CHECKING:
-    from .export import Evaluation, Exported
-
-VERSIONED = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "scipy", "tokenizers")
+    pass
 
 
 def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True, bench: bool = True) -> Bundle:
@@ -88,15 +81,15 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
         parallel.disband()  # the others have nothing left to do
         with recorder.stage("slice"):
             variants = make_variants(pruned.surgery, pruned.plan, pruned.updates, recovered)
-        bundle.manifest.budget = _budget_entry(pruned)
+        bundle.manifest.budget = budget_entry(pruned)
         bundle.manifest.recipe = recipe.model_dump(mode="json")
-        bundle.manifest.task = _task_entry(task_name, head, data)
-        _fill(bundle, variants, dense, head, recipe.model)
+        bundle.manifest.task = task_entry(task_name, head, data)
+        fill(bundle, variants, dense, head, recipe.model)
         with recorder.stage("evaluate") as record, reporter.stage("evaluate") as progress:
             record |= evaluate(bundle, variants, data, head, device, progress, keep, offload=recipe.offload)
-        _store(bundle, variants, dense, recorder)
+        store(bundle, variants, dense, recorder)
         _guard(bundle, recipe)
-        made = _finish(
+        made = finish(
             bundle,
             variants.items(),
             recipe,
@@ -105,7 +98,7 @@ def run(recipe: Recipe, reporter: Reporter | None = None, *, export: bool = True
             export=export,
             bench=bench,
             evaluation=Evaluation(data, work.rows, head, dense.pad_id),
-            previous=_earlier(kept / HALF, destination),
+            previous=earlier(kept / HALF, destination),
         )
         published = publish(bundle, destination)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -273,167 +266,15 @@ def slice_given(
             variants = make_variants(surgery, plan)
         share = surgery.flops(seq_len, plan) / surgery.flops(seq_len)
         bundle.manifest.budget = {"kind": "masks", "keep": share, "seq_len": seq_len}
-        bundle.manifest.task = _task_entry(task, head, task_data)
+        bundle.manifest.task = task_entry(task, head, task_data)
         recipe = Recipe(model=model, task=task, data=data, out=str(out))
         bundle.manifest.recipe = recipe.model_dump(mode="json")
-        _fill(bundle, variants, dense, head, model)
+        fill(bundle, variants, dense, head, model)
         with recorder.stage("evaluate") as record, reporter.stage("evaluate") as progress:
             record |= evaluate(bundle, variants, task_data, head, torch.device("cpu"), progress)
-        _store(bundle, variants, dense, recorder)
-        _finish(bundle, variants.items(), recipe, recorder, reporter, export=False, bench=False)
+        store(bundle, variants, dense, recorder)
+        finish(bundle, variants.items(), recipe, recorder, reporter, export=False, bench=False)
         return publish(bundle, out)
-
-
-def _finish(
-    bundle: Bundle,
-    models: Mapping[str, nn.Module],
-    recipe: Recipe,
-    recorder: Recorder,
-    reporter: Reporter,
-    *,
-    export: bool,
-    bench: bool,
-    evaluation: Evaluation | None = None,
-    previous: Sequence[Bundle] = (),
-) -> Exported:
-    """Export, measure and report a bundle in place; the last step of every way to make one."""
-    from .export import Exported, Options, export_bundle, plan_kinds
-    from .runtime_bench.bench import bench_bundle
-    from .runtime_bench.report import write_report
-
-    made = Exported()
-    if export:
-        with recorder.stage("export") as record, reporter.stage("export") as progress:
-            options = Options.of(recipe)
-            kinds, _ = plan_kinds(recipe.formats, recipe.precisions, options)
-            made = export_bundle(
-                bundle,
-                formats=recipe.formats,
-                precisions=recipe.precisions,
-                options=options,
-                models=models,
-                evaluation=evaluation,
-                previous=previous,
-                stored=lambda: _commit(bundle, recorder),  # a kill leaves what is finished
-                progress=Steps(progress, 2 * len(VARIANTS) * len(kinds)),
-            )
-            record |= {"artifacts": len(made.artifacts), "reused": made.reused, "failures": len(made.failures)}
-            _check_graphs(bundle, made.artifacts)
-        if made.reused:
-            reporter.note(f"Exported before, and taken over: {made.reused} of {len(made.artifacts)} files")
-        for line in made.left_out():
-            reporter.note(line)
-        _commit(bundle, recorder)
-    if export and bench:
-        with recorder.stage("bench") as record, reporter.stage("bench") as progress:
-            settings = BenchSettings(runtimes=recipe.runtimes, batches=recipe.batches, seconds=recipe.bench_seconds)
-            result = bench_bundle(bundle, settings, progress)
-            record["failures"] = len(result["failures"])
-    _commit(bundle, recorder)
-    write_report(bundle)
-    bundle.commit()
-    return made
-
-
-def _earlier(*folders: Path) -> list[Bundle]:
-    """Return the whole bundles among a killed run's and the one to be replaced; what did not change is taken over."""
-    found = []
-    for folder in folders:
-        with suppress(BundleError):
-            found.append(Bundle.open(folder))
-    return found
-
-
-def _check_graphs(bundle: Bundle, artifacts: Sequence[Artifact]) -> None:
-    """Count the FLOPs of every exported graph node by node; they must be those of the plan."""
-    from .runtime_bench.flops import count_onnx
-
-    shapes = Signature.of_manifest(bundle.manifest.model).shapes(1, int(bundle.manifest.budget["seq_len"]))
-    for artifact in artifacts:
-        if artifact.format == "onnx" and artifact.precision == "fp32" and artifact.shape is None:
-            counted = count_onnx(bundle.path(artifact.path), shapes)
-            expected = bundle.manifest.counts[artifact.variant]["flops"]
-            if counted != expected:
-                raise RuntimeError(f"{artifact.path} has {counted} FLOPs, its model {expected}")
-
-
-class Steps:
-    """Turn the names of steps into a finished share."""
-
-    def __init__(self, progress: Any, total: int) -> None:
-        self.progress, self.total, self.done = progress, max(total, 1), 0
-
-    def __call__(self, name: str) -> None:
-        self.progress(min(self.done / self.total, 1.0))
-        self.done += 1
-
-
-def _budget_entry(pruned: PrunedPlan) -> dict[str, Any]:
-    """Return the budget for the manifest; with several limits, `kind` and `keep` are the first one's."""
-    first = pruned.limits[0]
-    entry = {"kind": first["kind"], "keep": first["keep"], "seq_len": pruned.seq_len, "limits": pruned.limits}
-    if pruned.lengths.data:
-        entry |= {"lengths": pruned.lengths.entry(), "kept_flops": _kept_flops(pruned)}
-    return entry
-
-
-def _kept_flops(pruned: PrunedPlan) -> dict[str, Any]:
-    """Return the shares of the FLOPs that are kept over the distribution, and at a few lengths of it."""
-
-    def kept(lengths: int | Lengths) -> float:
-        return encoder_flops(pruned.groups, lengths, pruned.plan) / encoder_flops(pruned.groups, lengths)
-
-    lengths = sorted({*pruned.lengths.samples(), pruned.seq_len})
-    return {"all": kept(pruned.lengths), "at": [{"tokens": n, "share": kept(n)} for n in lengths]}
-
-
-def _task_entry(name: str | None, head: Head, data: TaskData | None) -> dict[str, Any]:
-    return {
-        "name": name,
-        "head": head.kind,
-        "pooling": head.pooling if head.kind == "embedding" else None,
-        "labels": list(data.labels) if data else [],
-        "metric": data.metric if data else None,
-        "evaluation": {split: len(rows) for split, rows in data.evals.items()} if data else {},
-    }
-
-
-def _fill(bundle: Bundle, variants: Variants, dense: Dense, head: Head, name: str) -> None:
-    """Fill in the model, the plan and the exact counts."""
-    manifest, plan, seq_len = bundle.manifest, variants.plan, int(bundle.manifest.budget["seq_len"])
-    manifest.versions = {"deploy_prune": __version__, "python": platform.python_version(), **versions()}
-    manifest.model = {
-        "name": name,
-        "source": dense.source,
-        "sha256": dense.sha256,
-        "model_type": variants.surgery.name,
-        "architecture": type(variants.dense).__name__,
-        **dense.signature.entry(),
-        "pad_id": dense.pad_id,
-    }
-    manifest.plan = {
-        "hash": plan.hash,
-        "layers": plan.layer_counts(),
-        "total": SlicePlan.from_masks(variants.surgery.groups, MaskSet.ones(variants.surgery.groups)).layer_counts(),
-        "refitted": variants.refitted,
-        "recovered": variants.recovered,
-    }
-    manifest.counts = count_variants(variants, head, seq_len, dense.signature)
-
-
-def _store(bundle: Bundle, variants: Variants, dense: Dense, recorder: Recorder) -> None:
-    """Write plan.json and the sliced checkpoint, and commit the staging folder."""
-    with disk_errors(bundle.root):
-        write_atomically(bundle.root / "plan.json", json.dumps(variants.plan.to_dict(), indent=1) + "\n")
-        bundle.register("plan.json")
-        for path in save_sliced(copy.copy(variants.sliced), dense.processor, bundle.root / "sliced"):
-            bundle.register(str(path.relative_to(bundle.root)))
-    _commit(bundle, recorder)
-
-
-def _commit(bundle: Bundle, recorder: Recorder) -> None:
-    bundle.manifest.stages = [Stage.model_validate(r) for r in recorder.records]
-    bundle.commit()
 
 
 def _guard(bundle: Bundle, recipe: Recipe) -> None:
@@ -452,14 +293,3 @@ def _guard(bundle: Bundle, recipe: Recipe) -> None:
                 f"The pruned model loses {loss:.2f} points of quality; allowed: {recipe.max_quality_loss}.",
                 hint="Keep more FLOPs, or use more samples. No bundle was written.",
             )
-
-
-def versions() -> dict[str, str]:
-    """Return the releases that results depend on."""
-    found = {}
-    for name in VERSIONED:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

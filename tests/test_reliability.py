@@ -13,7 +13,7 @@ from killing import campaign, identity, kept_files
 from runs_tiny import channel_checkpoint, checkpoint, data, image_data
 from tools.wheel import ROOMS, ROOT
 
-from deploy_prune import pipeline, resume
+from deploy_prune import finishing, resume
 from deploy_prune.bundle import Bundle
 from deploy_prune.config import load_recipe
 from deploy_prune.disk import code_hash
@@ -246,7 +246,7 @@ def test_a_killed_export_keeps_its_files(tmp_path: Path, monkeypatch: pytest.Mon
                 raise Killed
             made.append(variant)
 
-    monkeypatch.setattr(pipeline.Steps, "__call__", step)
+    monkeypatch.setattr(finishing.Steps, "__call__", step)
     with pytest.raises(Killed):
         run(load_recipe(**settings), bench=False)
     assert made == ["dense", "virtual"]

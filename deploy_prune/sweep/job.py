@@ -24,8 +24,8 @@ from ..errors import DeployPruneError, InputError
 from ..experiments import Lab, Setting
 from ..latency_table import read_latency_table
 from ..measuring import Stage
-from ..pipeline import versions
 from ..progress import Silent
+from ..recording import versions
 from ..resolving import check_length, check_rows, is_label_free, resolve
 from ..resume import hash_inputs, hash_state, run_key
 from ..stages import Options, PrunedPlan
