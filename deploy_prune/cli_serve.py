@@ -92,7 +92,7 @@ def read_token(path: str | None) -> str | None:
 
 def serving_of(settings: ServeSettings) -> Any:
     """Return how bundles are opened."""
-    from .server.models import Serving
+    from .server.versions import Serving
 
     return Serving(
         variant=settings.variant,

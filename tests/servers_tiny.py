@@ -18,8 +18,8 @@ from typing import Any
 import grpc
 import numpy as np
 
-from deploy_prune.server.models import Serving
 from deploy_prune.server.run import Listening, Server
+from deploy_prune.server.versions import Serving
 
 PATH = "/v2/models/m/infer"
 IDS = {n: {"name": n, "datatype": "INT64", "shape": [1, 3], "data": [1, 1, 1]} for n in ("input_ids", "attention_mask")}

@@ -27,8 +27,8 @@ from servers_tiny import ask, client_of, infer, running, wait_until
 from tritonclient.utils import InferenceServerException
 
 from deploy_prune.serve import load
-from deploy_prune.server.models import Serving, Version
 from deploy_prune.server.run import Server, log_formatter
+from deploy_prune.server.versions import Serving, Version
 
 HEADS = ("classification", "regression", "token", "qa", "embedding")
 TEXTS = ["a fine film", "dull, dull plot!", "music of x1 and more of it"]

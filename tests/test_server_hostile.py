@@ -39,9 +39,10 @@ from deploy_prune.server.connections import TimedProtocol, WebServer, is_loopbac
 from deploy_prune.server.engine import Engine, Held
 from deploy_prune.server.errors import BusyError
 from deploy_prune.server.http import Bodies, foreign, make_app
-from deploy_prune.server.models import Models, Serving, Version
+from deploy_prune.server.models import Models
 from deploy_prune.server.run import Listening, Server
 from deploy_prune.server.tensors import from_json
+from deploy_prune.server.versions import Serving, Version
 
 SHORT = settings(
     max_examples=25, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)

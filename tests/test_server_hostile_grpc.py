@@ -24,8 +24,8 @@ from tritonclient.grpc import service_pb2 as pb
 
 from deploy_prune.errors import InputError
 from deploy_prune.server import rpc
-from deploy_prune.server.models import Serving, Version
 from deploy_prune.server.run import Server
+from deploy_prune.server.versions import Serving, Version
 
 
 def grpc_request(most: int = 0) -> bytes:

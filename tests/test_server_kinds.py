@@ -21,8 +21,8 @@ from tritonclient.utils import InferenceServerException
 from deploy_prune.bundle import Bundle
 from deploy_prune.export import export_bundle
 from deploy_prune.serve import load
-from deploy_prune.server.models import Serving
 from deploy_prune.server.run import Server
+from deploy_prune.server.versions import Serving
 
 TEXTS = ["a fine film", "dull, dull plot!", "music of x1 and more of it"]
 

@@ -30,8 +30,9 @@ from deploy_prune.errors import InputError, SystemStateError
 from deploy_prune.serve import load
 from deploy_prune.serve.loader import Predictor
 from deploy_prune.server.engine import Engine
-from deploy_prune.server.models import WARM_ROWS, Models, Serving
+from deploy_prune.server.models import Models
 from deploy_prune.server.run import Server
+from deploy_prune.server.versions import WARM_ROWS, Serving
 
 TEXT = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a fine film"]}]}
 LOAD = "/v2/repository/models/m/load"
@@ -306,7 +307,7 @@ def test_what_the_disk_does_not_give_is_told_as_no_fault_of_the_client(
     with running({"m": tmp_path}) as server, client_of(server, "grpc") as (client, _):
         shutil.copytree(made, tmp_path / "2")
         with monkeypatch.context() as patch:
-            patch.setattr("deploy_prune.server.models.sha256_file", unreadable)
+            patch.setattr("deploy_prune.server.versions.sha256_file", unreadable)
             status, said = ask(server, LOAD, {})
             assert (status, said["error"]) == (500, "m cannot be loaded: the server's log says why.")
             with pytest.raises(InferenceServerException, match="FAILED_PRECONDITION"):
@@ -326,7 +327,7 @@ def test_a_server_that_cannot_read_a_bundle_says_so_at_once(
     def broken(*given: Any, **more: Any) -> Any:
         raise OSError(errno.EIO, "Input/output error", str(made / "sliced"))
 
-    monkeypatch.setattr("deploy_prune.server.models.open_bundle", broken)
+    monkeypatch.setattr("deploy_prune.server.versions.open_bundle", broken)
     with pytest.raises(SystemStateError, match="sliced cannot be read: Input/output error"), running({"m": made}):
         pass
 

@@ -15,8 +15,9 @@ from ..errors import DeployPruneError, InputError
 from .batching import Arrays
 from .errors import BusyError, LateError, NotFoundError, UnopenedError
 from .metrics import Metrics
-from .models import ANSWERS, Models, Version
+from .models import Models
 from .tensors import check_finite
+from .versions import ANSWERS, Version
 
 log = logging.getLogger("deploy_prune.server")
 

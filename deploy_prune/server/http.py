@@ -25,8 +25,8 @@ from .batching import Arrays
 from .connections import is_loopback
 from .engine import Answer, Engine, Held
 from .errors import BusyError, LateError, TooLargeError, http_status
-from .models import ANSWERS
 from .tensors import MOST_TENSORS, check_shape, datatype_of, from_bytes, from_json, json_of, parameter, to_bytes
+from .versions import ANSWERS
 
 log = logging.getLogger("deploy_prune.server")
 HEADER_LENGTH = "inference-header-content-length"  # of the JSON before raw tensors

@@ -21,7 +21,8 @@ from . import rpc
 from .connections import MOST_HEADER_BYTES, TimedProtocol, WebServer, is_loopback
 from .engine import Engine, Held
 from .http import make_app
-from .models import Models, Serving
+from .models import Models
+from .versions import Serving
 
 log = logging.getLogger("deploy_prune.server")
 KEEP_ALIVE = 5  # seconds an idle connection stays open

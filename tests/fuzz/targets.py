@@ -164,7 +164,7 @@ def served(data: bytes) -> None:
 def small_version() -> Any:
     """Return a model of at most 8 tokens of a vocabulary of 100, which answers nothing."""
     from deploy_prune.runtimes.base import TensorSpec
-    from deploy_prune.server.models import Serving, Version
+    from deploy_prune.server.versions import Serving, Version
 
     class Batcher:
         async def infer(self, feeds: Any) -> Any:
