@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import Mock
 
 import optuna
@@ -23,6 +23,7 @@ from deploy_prune.config import load_settings
 from deploy_prune.errors import InputError, SystemStateError
 from deploy_prune.flags import split_lists
 from deploy_prune.latency_table import LatencyTable
+from deploy_prune.progress import Silent
 from deploy_prune.runtime_bench.machine import describe_machine
 from deploy_prune.tune import TuneSettings
 from deploy_prune.tune.run import tune
@@ -164,6 +165,24 @@ def test_a_discarded_candidate_is_never_made(place: Path, tmp_path: Path, monkey
     predicted = [r for r in made if r["keep"] < 1]
     assert predicted
     assert all("latency" not in r and "plan_hash" not in r for r in left)
+
+
+def test_a_search_that_ends_without_its_trials_says_why(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Noted(Silent):
+        notes: ClassVar[list[str]] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    Clock(monkeypatch)
+    monkeypatch.setattr("deploy_prune.tune.search.ASKED_PER_TRIAL", 1)
+    settings = settings_of(place, tmp_path / "best", target_latency_ms=0.8 * dense_ms(place), trials=6, slack=0.1)
+    found = tune(str(place / "model"), settings, Noted())
+    made = sum(r["state"] == "measured" for r in found.document["trials"])
+    assert made < 6
+    assert [note for note in Noted.notes if f"{made} candidates made of 6: of 6 proposals" in note]
 
 
 def settings_of(place: Path, out: Path, **changes: Any) -> TuneSettings:

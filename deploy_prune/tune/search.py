@@ -52,6 +52,11 @@ class Hunt:
             while not self._enough() and time.monotonic() < deadline:
                 self._one()
                 progress(min(1.0, self._made() / settings.trials))
+        if (made := self._made()) < settings.trials and self._enough():
+            self.reporter.note(
+                f"{made} candidates made of {settings.trials}: of {len(self.records())} proposals the others were known"
+                " already, or discarded."
+            )
 
     def _clear(self) -> None:
         """End what a killed run had begun, or planned next: it is proposed again, for nothing has changed since."""
