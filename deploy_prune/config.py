@@ -257,7 +257,7 @@ class Recipe(ExportSettings):
     )
     recover_batch: int = _field(32, "Rows of one step of the distillation.", ge=1)
     recover_augment: Augment = _field(
-        "none", "Move the images anew at each step of the distillation by up to an eighth; flip: mirror half, too."
+        "none", "none, shift (move images by up to an eighth, anew at each step of the distillation) or flip (mirror, too)."
     )
     recover_label_share: float = _field(
         0.0, "Share of the true labels in the distillation's loss; 0 needs no labels.", ge=0, le=1
