@@ -257,7 +257,7 @@ class Recipe(ExportSettings):
     )
     recover_batch: int = _field(32, "Rows of one step of the distillation.", ge=1)
     recover_augment: Augment = _field(
-        "none", "none, shift (move images by up to an eighth, anew at each step of the distillation) or flip (mirror, too)."
+        "none", "none, shift (images by up to an eighth, anew at each step of the distillation) or flip (mirror, too)."
     )
     recover_label_share: float = _field(
         0.0, "Share of the true labels in the distillation's loss; 0 needs no labels.", ge=0, le=1
