@@ -136,14 +136,21 @@ def test_elimination_follows_explicit_refits(width: int, seed: int) -> None:
     assert not kept
 
 
-def test_neurons_are_eliminated_in_blocks_of_the_same_total() -> None:
+@pytest.mark.parametrize("width", [1, 2])
+def test_units_of_a_wide_group_are_eliminated_in_blocks_of_the_same_total(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solves: list[int] = []
+    solve = torch.linalg.solve
+    monkeypatch.setattr(torch.linalg, "solve", lambda a, b: solves.append(a.shape[-1]) or solve(a, b))
     rng = np.random.default_rng(0)
-    n, d = 400, 5
+    n, d = 400 * width, 5
     h = rng.normal(size=(900, n))
     weight, metric = torch.from_numpy(rng.normal(size=(d, n))), torch.eye(d, dtype=torch.float64)
     moments = torch.from_numpy(h.T @ h / 900)
-    order, rises = eliminate(moments, weight, metric, 1)
-    assert sorted(order.tolist()) == list(range(n))
+    order, rises = eliminate(moments, weight, metric, width)
+    assert sorted(order.tolist()) == list(range(400))
+    assert solves.count(4 * width) == 100
     ridged = moments + 1e-3 * moments.diagonal().mean() * torch.eye(n, dtype=torch.float64)
     assert float(rises.sum()) == pytest.approx(float(torch.trace(weight @ ridged @ weight.T)), rel=1e-6)
 

@@ -23,9 +23,9 @@ BLOCKS = 96  # into which a wide group's elimination is cut
 def obs(evidence: Evidence) -> Scores:
     """Return the expected rise of the loss when a unit is cut after all less important ones (units,).
 
-    Units of a group are eliminated one after another (neurons in blocks); after each step the columns that
-    stay take over what the cut ones did, by least squares over all unpadded tokens. Errors of the output
-    are measured by the second moment of the loss's gradient there, so that the scores of all groups share
+    Units of a group are eliminated one after another (those of a wide group in blocks); after each step the
+    columns that stay take over what the cut ones did, by least squares over all unpadded tokens. Errors of
+    the output are measured by the second moment of the loss's gradient there, so that the scores of all groups share
     one unit: nats.
 
     Source: Hassibi and Stork 1993 (optimal brain surgeon); Kurtic et al. 2023, ZipLM, equation 4 (units);
@@ -116,7 +116,7 @@ def eliminate(moments: Tensor, weight: Tensor, metric: Tensor, width: int) -> tu
     v = (vectors * values.clamp(min=0).sqrt()).T @ weight.double()
     left = torch.arange(n // width, device=moments.device)  # the units that the rows of p stand for
     gone = torch.zeros(len(left), dtype=torch.bool, device=moments.device)
-    block = max(1, len(left) // BLOCKS) if width == 1 else 1
+    block = max(1, len(left) // BLOCKS)
     order, rises, alive = [], [], len(left)
     while alive:
         if 2 * alive <= len(left):  # eliminated columns are all zero: drop them now and then
