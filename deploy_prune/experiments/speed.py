@@ -147,7 +147,11 @@ def rival(lab: Lab) -> Rows:
         known = [(1.0, 1.0)]  # share of FLOPs kept and latency to dense, measured
         keep = float(with_keeps(lab.setting.keeps, (0.5,))[0])
         for _ in range(ADJUSTMENTS):
-            found, sliced = lab.prune(keep, seed, DEFAULT)
+            try:
+                found, sliced = lab.prune(keep, seed, DEFAULT)
+            except InfeasibleBudgetError as error:  # the least that can be kept is the nearest
+                keep = error.smallest
+                found, sliced = lab.prune(keep, seed, DEFAULT)
             timed = lab.side_by_side({"rival": other.candidate(other.whole()), "pruned": lab.candidate(sliced)})
             target, reached = timed["rival"][1].value, timed["pruned"][1].value
             if abs(reached / target - 1) < CLOSE:
