@@ -97,6 +97,14 @@ def test_plans_by_the_table_cost_what_it_says(setting: Setting, tmp_path: Path) 
         run_experiment("prediction", replace(setting, lut=None), tmp_path)
 
 
+def test_a_rival_faster_than_the_smallest_model_meets_the_smallest(setting: Setting, tmp_path: Path) -> None:
+    document, _ = run_experiment("rival", replace(setting, keeps=(0.001,)), tmp_path)
+    rival, pruned = document["rows"]
+    assert pruned["method"] == "pruned"
+    assert 0.001 < pruned["kept_flops"] <= 1.0
+    assert rival["ratio_to_dense"] > 0
+
+
 def document(**changes: Any) -> dict[str, Any]:
     rows = [{"keep": 0.5, "method": "a", "value": v, "kl": None} for v in (0.8, 0.9, 0.85)]
     rows.append({"keep": 0.4, "method": "a", "value": 0.7, "kl": None})
