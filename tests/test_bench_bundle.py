@@ -200,7 +200,7 @@ def test_any_onnx_files_are_compared(tmp_path: Path) -> None:
 
 def test_the_scenarios_of_mlperf(bundle: Bundle) -> None:
     names = ("single-stream", "offline", "server")
-    result = quick(bundle, runtimes=("ort-cpu",), models=("dense", "sliced"), scenarios=names, seconds=0.5)
+    result = quick(bundle, runtimes=("ort-cpu",), models=("dense", "sliced"), scenarios=names, seconds=2.0)
     assert result["failures"] == []
     for m in result["measurements"]:
         found = m["scenarios"]

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from bundles_tiny import exported_bundle
 from models_tiny import tiny_model
-from runs_tiny import checkpoint, data
+from runs_tiny import checkpoint, data, image_checkpoint
 
 from deploy_prune.archs import arch_of
 from deploy_prune.checkpoint import load_dense
@@ -24,6 +25,7 @@ from deploy_prune.config import ALLOW_CODE
 from deploy_prune.costs import encoder_flops
 from deploy_prune.experiments import Setting, run_experiment
 from deploy_prune.runtime_bench.slowdown import slow_down
+from deploy_prune.tasks import load_task
 from deploy_prune.units import SlicePlan
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "experiments"
@@ -33,7 +35,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "experiments"
 def recipes_path(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(RECIPES))
     yield
-    for name in ("shapes", "gate_trials", "tables", "cnn", "cnn_models", "cnn_rival", "merge"):
+    for name in ("shapes", "gate_trials", "tables", "cnn", "cnn_models", "cnn_rival", "merge", "glyphs"):
         sys.modules.pop(name, None)
 
 
@@ -179,3 +181,26 @@ def test_the_networks_of_the_experiments_are_made(tmp_path: Path, monkeypatch: p
     settings = Setting(str(tmp_path / "lenet"), "mnist", str(tmp_path / "mnist.npz"), (0.5,), (0,), samples=64)
     document, _ = run_experiment("cnn", settings, tmp_path / "out")
     assert {row["method"] for row in document["rows"]} >= {"+ fold", "obs label-free, refit"}
+
+
+def test_characters_of_fonts_are_images_of_many_classes(tmp_path: Path) -> None:
+    import glyphs
+    import matplotlib
+
+    fonts = Path(matplotlib.__file__).parent / "mpl-data" / "fonts"
+    glyphs.draw(tmp_path / "all.npz", [fonts], most=500)
+    with np.load(tmp_path / "all.npz") as drawn:
+        assert len(drawn["x_train"]) == 500
+        assert {*drawn["y_test"].tolist()} == {*range(94)}
+        assert not {x.tobytes() for x in drawn["x_train"]} & {x.tobytes() for x in drawn["x_test"]}
+        digits = int((drawn["y_test"] < 10).sum())
+    labels = dict(enumerate(glyphs.names(94)))
+    model = image_checkpoint(tmp_path / "model", size=28, image_size=28, num_labels=94, id2label=labels)
+    glyphs.narrow(tmp_path / "all.npz", model, 10, tmp_path / "ten.npz", tmp_path / "narrow")
+    whole, narrow = (load_dense(str(folder), "classification") for folder in (model, tmp_path / "narrow"))
+    pixels = torch.rand(2, 3, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(narrow.model(pixels).logits, whole.model(pixels).logits[:, :10])
+    processor = narrow.processor
+    loaded = load_task("image-classification", processor=processor, config=narrow.config, data=tmp_path / "ten.npz")
+    assert (len(loaded.evaluation), len(loaded.labels)) == (digits, 10)

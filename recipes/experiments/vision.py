@@ -56,7 +56,7 @@ def train(
     """Train on the training split of an image task and save a stock transformers folder."""
     if out.exists():
         raise SystemExit(f"{out} is there already: remove it, or name another folder.")
-    names = list(find_spec(task).labels)
+    names = list(find_spec(task).labels) or [str(name) for name in np.load(data, allow_pickle=False)["classes"]]
     transformers.set_seed(seed)
     with tempfile.TemporaryDirectory() as scratch:
         start = Path(scratch)
