@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from bundles_tiny import exported_bundle
 from models_tiny import tiny_model
-from runs_tiny import checkpoint, data, image_checkpoint
+from runs_tiny import checkpoint, data
 
 from deploy_prune.archs import arch_of
 from deploy_prune.checkpoint import load_dense
@@ -25,7 +24,6 @@ from deploy_prune.config import ALLOW_CODE
 from deploy_prune.costs import encoder_flops
 from deploy_prune.experiments import Setting, run_experiment
 from deploy_prune.runtime_bench.slowdown import slow_down
-from deploy_prune.tasks import load_task
 from deploy_prune.units import SlicePlan
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "experiments"
@@ -183,24 +181,20 @@ def test_the_networks_of_the_experiments_are_made(tmp_path: Path, monkeypatch: p
     assert {row["method"] for row in document["rows"]} >= {"+ fold", "obs label-free, refit"}
 
 
-def test_characters_of_fonts_are_images_of_many_classes(tmp_path: Path) -> None:
+def test_characters_of_fonts_are_images_of_many_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ALLOW_CODE, "cnn_models")
+    import cnn
     import glyphs
     import matplotlib
 
     fonts = Path(matplotlib.__file__).parent / "mpl-data" / "fonts"
-    glyphs.draw(tmp_path / "all.npz", [fonts], most=500)
-    with np.load(tmp_path / "all.npz") as drawn:
-        assert len(drawn["x_train"]) == 500
-        assert {*drawn["y_test"].tolist()} == {*range(94)}
-        assert not {x.tobytes() for x in drawn["x_train"]} & {x.tobytes() for x in drawn["x_test"]}
-        digits = int((drawn["y_test"] < 10).sum())
-    labels = dict(enumerate(glyphs.names(94)))
-    model = image_checkpoint(tmp_path / "model", size=28, image_size=28, num_labels=94, id2label=labels)
-    glyphs.narrow(tmp_path / "all.npz", model, 10, tmp_path / "ten.npz", tmp_path / "narrow")
-    whole, narrow = (load_dense(str(folder), "classification") for folder in (model, tmp_path / "narrow"))
-    pixels = torch.rand(2, 3, 28, 28)
-    with torch.no_grad():
-        torch.testing.assert_close(narrow.model(pixels).logits, whole.model(pixels).logits[:, :10])
-    processor = narrow.processor
-    loaded = load_task("image-classification", processor=processor, config=narrow.config, data=tmp_path / "ten.npz")
-    assert (len(loaded.evaluation), len(loaded.labels)) == (digits, 10)
+    for classes in (12, 94):
+        glyphs.draw(tmp_path / f"{classes}.npz", [fonts], classes)
+        with np.load(tmp_path / f"{classes}.npz") as drawn:
+            assert {*drawn["y_train"].tolist()} == {*drawn["y_test"].tolist()} == {*range(classes)}
+            assert not {x.tobytes() for x in drawn["x_train"]} & {x.tobytes() for x in drawn["x_test"]}
+    cnn.train(tmp_path / "12.npz", tmp_path / "lenet", task="image-classification", epochs=1, batch=8)
+    assert "accuracy" in capsys.readouterr().out
+    assert load_dense(str(tmp_path / "lenet"), "classification").config.labels[10] == "U+0041"

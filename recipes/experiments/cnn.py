@@ -20,7 +20,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,13 +56,17 @@ RIVALS_SHOWN = 3
 OURS = ("search (Fisher)", "+ batch norm", "obs with labels, refit", "obs label-free, refit")
 
 
-def write_folder(model: nn.Module, out: Path, name: str, task: str) -> ImageProcessor:
+def write_folder(
+    model: nn.Module, out: Path, name: str, labels: Sequence[str], arguments: dict[str, Any] | None = None
+) -> ImageProcessor:
     """Write a network as a folder that deploy-prune reads: its images are divided by 255 and nothing else."""
     settings = {"image_processor_type": "BitImageProcessor", "do_rescale": True, "rescale_factor": 1 / 255}
     settings |= dict.fromkeys(("do_resize", "do_center_crop", "do_normalize", "do_convert_rgb"), False)
-    config = ModuleConfig(f"cnn_models.{name}", image=SIZES[name], labels=tuple(find_spec(task).labels))
+    config = ModuleConfig(f"cnn_models.{name}", arguments or {}, image=SIZES[name], labels=tuple(labels))
     processor = ImageProcessor.from_dict(settings, config)
-    save_module(model, out, config.factory, image=config.image, labels=config.labels, processor=processor)
+    save_module(
+        model, out, config.factory, config.kwargs, image=config.image, labels=config.labels, processor=processor
+    )
     return processor
 
 
@@ -71,7 +75,7 @@ def folder(name: str, weights: Path, out: Path, task: Annotated[str, typer.Optio
     """Write a trained network's weights as a folder that deploy-prune reads."""
     model = cnn_models.MODELS[name]()
     model.load_state_dict(load_file(weights), strict=True)
-    write_folder(model, out, name, task)
+    write_folder(model, out, name, find_spec(task).labels)
 
 
 @app.command()
@@ -94,22 +98,24 @@ def mnist(archive: Path, out: Path) -> None:
 def train(data: Path, out: Path, task: str = "mnist", epochs: int = 3, batch: int = 128, seed: int = 0) -> None:
     """Train LeNet from scratch, the last line being its accuracy on the evaluation split."""
     torch.manual_seed(seed)
-    model = cnn_models.lenet()
-    processor = write_folder(model, out, "lenet", task)
-    config = ModuleConfig("cnn_models.lenet", image=SIZES["lenet"], labels=tuple(find_spec(task).labels))
+    labels = find_spec(task).labels or [str(name) for name in np.load(data, allow_pickle=False)["classes"]]
+    arguments = {"classes": len(labels)}
+    model = cnn_models.lenet(**arguments)
+    processor = write_folder(model, out, "lenet", labels, arguments)
+    config = ModuleConfig("cnn_models.lenet", arguments, image=SIZES["lenet"], labels=tuple(labels))
     loaded = load_task(task, config=config, processor=processor, data=data)
-    images, labels = stacked(loaded.train.rows())
-    steps = epochs * (len(labels) // batch)
+    images, targets = stacked(loaded.train.rows())
+    steps = epochs * (len(targets) // batch)
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
     model.train()
     for _ in range(epochs):
-        for at in torch.randperm(len(labels))[: steps // epochs * batch].split(batch):
+        for at in torch.randperm(len(targets))[: steps // epochs * batch].split(batch):
             optimiser.zero_grad()
-            F.cross_entropy(model(images[at]), labels[at]).backward()
+            F.cross_entropy(model(images[at]), targets[at]).backward()
             optimiser.step()
             schedule.step()
-    write_folder(model.eval(), out, "lenet", task)
+    write_folder(model.eval(), out, "lenet", labels, arguments)
     outputs = predict(model, HEAD, loaded.evaluation.rows())
     typer.echo(f"{loaded.metric} {loaded.evaluation.score(outputs)[str(loaded.metric)]:.4f}")
 

@@ -67,9 +67,9 @@ def resnet56() -> nn.Module:
     return CifarResNet(9)
 
 
-def lenet() -> nn.Module:
+def lenet(classes: int = 10) -> nn.Module:
     """Return LeNet, untrained."""
-    return LeNet()
+    return LeNet(classes)
 
 
 MODELS = {"resnet56": resnet56, "lenet": lenet}

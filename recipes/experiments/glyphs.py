@@ -1,12 +1,12 @@
-"""Make image data of many classes out of the fonts of a machine: which of 94 characters is drawn.
+"""Make image data of many classes out of the fonts of a machine: which of up to 94 characters is drawn.
 
-G=recipes/experiments/glyphs.py
-python $G draw glyphs.npz /usr/share/fonts                            # 28 x 28, one image per font and character
-python recipes/experiments/vision.py train glyphs.npz models/vit-glyphs --hidden 192 --layers 6 --heads 3 --no-flip
-python $G narrow glyphs.npz models/vit-glyphs 10 glyphs-10.npz models/vit-glyphs-10      # the first ten classes
+export PYTHONPATH=recipes/experiments DEPLOY_PRUNE_ALLOW_CODE=cnn_models
+python recipes/experiments/glyphs.py glyphs-94.npz /usr/share/fonts --classes 94      # 28 x 28 pixels
+python recipes/experiments/cnn.py train glyphs-94.npz models/lenet-glyphs-94 --task image-classification --epochs 10
+deploy-prune experiment cnn --model models/lenet-glyphs-94 --task image-classification --data glyphs-94.npz
 
-The families of the evaluation split are not those of the training split. Classes are named by their code points, as
-some names of classes differ in case alone otherwise.
+The families of the evaluation split are not those of the training split. The fonts are the same for any number of
+classes. Classes are named by their code points, as names are compared without regard to case.
 """
 
 from __future__ import annotations
@@ -18,11 +18,8 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
 from PIL import Image, ImageDraw, ImageFont
-
-from deploy_prune.checkpoint import load_dense, load_processor, quiet_transformers
 
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase + string.punctuation
 NO_CHARACTER = "\U0010fffe"  # drawn as what a font lacks
@@ -33,12 +30,9 @@ app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
 
 @app.command()
 def draw(
-    out: Path,
-    fonts: list[Path],
-    most: Annotated[int, typer.Option(help="Images of the training split at most; 0 for all.")] = 20_000,
-    seed: int = 0,
+    out: Path, fonts: list[Path], classes: Annotated[int, typer.Option(min=2, max=94)] = 94, seed: int = 0
 ) -> None:
-    """Draw every character in every font below the folders; a sixth of the families is for evaluation."""
+    """Draw the first characters in every font below the folders that has all 94, each its own picture."""
     drawn: dict[str, dict[bytes, tuple[np.ndarray, int]]] = {"train": {}, "test": {}}
     for path in sorted({p.resolve() for folder in fonts for p in folder.rglob("*.[to]tf")}):
         font = ImageFont.truetype(path, EM)
@@ -48,7 +42,7 @@ def draw(
         lacking = picture(font, NO_CHARACTER)
         if len({image.tobytes() for image in (*pictures, lacking)}) <= len(pictures):
             continue  # without lower case, say, or without one of the characters
-        for number, image in enumerate(pictures):
+        for number, image in enumerate(pictures[:classes]):
             drawn[split][image.tobytes()] = (image, number)  # many fonts share glyphs
     for alike in drawn["train"].keys() & drawn["test"].keys():
         del drawn["train"][alike]
@@ -56,35 +50,12 @@ def draw(
         sys.exit("Both splits need fonts: name a folder with more families.")
     arrays = {}
     for split, found in drawn.items():
-        order = np.random.default_rng(seed).permutation(len(found))
         pairs = [*found.values()]
-        pairs = [pairs[i] for i in (order[:most] if most and split == "train" else order)]
+        pairs = [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))]
         arrays[f"x_{split}"] = np.stack([image for image, _ in pairs])
         arrays[f"y_{split}"] = np.array([number for _, number in pairs])
-    np.savez_compressed(out, classes=names(len(CHARACTERS)), **arrays)
-    print(f"{out}: {len(arrays['x_train'])} and {len(arrays['x_test'])} images of {len(CHARACTERS)} classes")
-
-
-@app.command()
-def narrow(data: Path, model: Path, classes: int, data_out: Path, model_out: Path) -> None:
-    """Keep the first classes of the data, and of a model's head."""
-    arrays = np.load(data, allow_pickle=False)
-    parts = {}
-    for split in ("train", "test"):
-        rows = arrays[f"y_{split}"] < classes
-        parts |= {f"{axis}_{split}": arrays[f"{axis}_{split}"][rows] for axis in "xy"}
-    np.savez_compressed(data_out, classes=names(classes), **parts)
-    net = load_dense(str(model), "classification").model
-    head = torch.nn.Linear(net.classifier.in_features, classes)
-    with torch.no_grad():
-        head.weight.copy_(net.classifier.weight[:classes])
-        head.bias.copy_(net.classifier.bias[:classes])
-    net.classifier = head
-    net.config.id2label = dict(enumerate(names(classes)))
-    net.config.label2id = {name: i for i, name in enumerate(names(classes))}
-    with quiet_transformers():
-        net.save_pretrained(model_out)
-    load_processor(str(model), net.config).save_pretrained(model_out)
+    np.savez_compressed(out, classes=names(classes), **arrays)
+    print(f"{out}: {len(arrays['x_train'])} and {len(arrays['x_test'])} images of {classes} classes")
 
 
 def names(count: int) -> list[str]:
