@@ -31,8 +31,9 @@ def merged(documents: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _same(document: dict[str, Any]) -> dict[str, Any]:
-    """Return what all runs of an experiment have in common."""
-    setting = {name: value for name, value in document["setting"].items() if name != "seeds"}
+    """Return what all runs of an experiment have in common; only `recover` reads the settings of recovery."""
+    other = ("seeds",) if document["experiment"] == "recover" else ("seeds", "recover_")
+    setting = {name: value for name, value in document["setting"].items() if not name.startswith(other)}
     return {"experiment": document["experiment"], "evaluated": document["evaluated"], "setting": setting}
 
 
