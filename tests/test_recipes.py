@@ -150,6 +150,9 @@ def test_runs_of_a_seed_each_become_one_document(tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit, match="comes twice"):
         merge.main(tmp_path / "twice", [runs[0], runs[0]])
     other = json.loads(runs[1].read_text())
+    other["setting"]["recover_lr"] = 1.0  # which an ablation does not read
+    runs[1].write_text(json.dumps(other))
+    merge.main(tmp_path / "alike", runs)
     other["setting"]["samples"] = 128
     runs[1].write_text(json.dumps(other))
     with pytest.raises(SystemExit, match="no runs of one experiment"):

@@ -58,7 +58,7 @@ OURS = ("search (Fisher)", "+ batch norm", "obs with labels, refit", "obs label-
 
 def write_folder(
     model: nn.Module, out: Path, name: str, labels: Sequence[str], arguments: dict[str, Any] | None = None
-) -> ImageProcessor:
+) -> tuple[ModuleConfig, ImageProcessor]:
     """Write a network as a folder that deploy-prune reads: its images are divided by 255 and nothing else."""
     settings = {"image_processor_type": "BitImageProcessor", "do_rescale": True, "rescale_factor": 1 / 255}
     settings |= dict.fromkeys(("do_resize", "do_center_crop", "do_normalize", "do_convert_rgb"), False)
@@ -67,7 +67,7 @@ def write_folder(
     save_module(
         model, out, config.factory, config.kwargs, image=config.image, labels=config.labels, processor=processor
     )
-    return processor
+    return config, processor
 
 
 @app.command()
@@ -101,8 +101,7 @@ def train(data: Path, out: Path, task: str = "mnist", epochs: int = 3, batch: in
     labels = find_spec(task).labels or [str(name) for name in np.load(data, allow_pickle=False)["classes"]]
     arguments = {"classes": len(labels)}
     model = cnn_models.lenet(**arguments)
-    processor = write_folder(model, out, "lenet", labels, arguments)
-    config = ModuleConfig("cnn_models.lenet", arguments, image=SIZES["lenet"], labels=tuple(labels))
+    config, processor = write_folder(model, out, "lenet", labels, arguments)
     loaded = load_task(task, config=config, processor=processor, data=data)
     images, targets = stacked(loaded.train.rows())
     steps = epochs * (len(targets) // batch)
