@@ -44,6 +44,9 @@ def experiment(
     recover_samples: Annotated[int, typer.Option(min=64, help="Its training rows.")] = 16_384,
     recover_batch: Annotated[int, typer.Option(min=1, help="Its batch size.")] = 32,
     recover_augment: Annotated[str, typer.Option(help="How it moves images: none, shift, flip.")] = "none",
+    recover_depth: Annotated[
+        int, typer.Option(min=0, help="Sub-layers that it leaves out afterwards, to recover again.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Run an experiment over budgets and seeds; write JSON, CSV, a Markdown table and an SVG figure.
@@ -74,6 +77,7 @@ def experiment(
         recover_samples=recover_samples,
         recover_batch=recover_batch,
         recover_augment=tuple(choices("--recover-augment", recover_augment, get_args(Augment))),  # type: ignore[arg-type]
+        recover_depth=recover_depth,
     )
     with screen.Bars() as bars:
         document, files = run_experiment(name, setting, out, bars, stem)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,16 @@ class Weights:
 
 
 class Distillation(nn.Module):
-    """Hold the student with its loss towards a frozen teacher. Dropout stays off: it would blur what is followed."""
+    """Hold the student with its loss towards a frozen teacher. Dropout stays off: it would blur what is followed.
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, head: Head, weights: Weights) -> None:
+    `states` are the paths of modules whose outputs are the hidden states, for models that do not give their own.
+    """
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, head: Head, weights: Weights, states: Sequence[str] | None = None
+    ) -> None:
         super().__init__()
-        self.student, self.head, self.weights = student, head, weights
+        self.student, self.head, self.weights, self.states = student, head, weights, states
         self._teacher = [teacher]  # in a list it is no submodule: never trained, moved or saved
         self.device = next(student.parameters()).device
         bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -60,20 +66,26 @@ class Distillation(nn.Module):
         return {"loss": share * self._loss(inputs, mask, labels)}
 
     def _loss(self, inputs: dict[str, Tensor], mask: Tensor, labels: Tensor | None) -> Tensor:
-        if not self.weights.hidden:
-            targets = self.targets(inputs)
-            with self.autocast():
-                outputs = self.head.outputs(self.student, inputs)
-            return self.outputs_loss(outputs, targets, mask, labels).mean()
         with self.autocast():
             with torch.no_grad():
-                wanted = self._teacher[0](**inputs, output_hidden_states=True)
-            found = self.student(**inputs, output_hidden_states=True)
-        targets = self.head.read(wanted, inputs)
-        loss = self.outputs_loss(self.head.read(found, inputs), targets, mask, labels).mean()
-        pairs = zip(found.hidden_states, wanted.hidden_states, strict=True)
-        missed = torch.stack([unexplained(h, y, mask) for h, y in pairs]).mean()
+                targets, wanted = self._run(self._teacher[0], inputs)
+            outputs, found = self._run(self.student, inputs)
+        loss = self.outputs_loss(outputs, targets, mask, labels).mean()
+        if not found:
+            return loss
+        missed = torch.stack([unexplained(h, y, mask) for h, y in zip(found, wanted, strict=True)]).mean()
         return loss + self.weights.hidden * missed
+
+    def _run(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Sequence[Tensor]]:
+        """Return a model's outputs, and its hidden states where they are followed."""
+        if not self.weights.hidden:
+            return self.head.outputs(model, inputs), ()
+        if self.states is None:
+            found = model(**inputs, output_hidden_states=True)
+            return self.head.read(found, inputs), found.hidden_states
+        with _watched(model, self.states) as seen:
+            outputs = self.head.outputs(model, inputs)
+        return outputs, [seen[path] for path in self.states]
 
     def outputs_loss(
         self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], mask: Tensor, labels: Tensor | None
@@ -103,6 +115,38 @@ class Distillation(nn.Module):
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+@torch.no_grad()
+def shared_states(student: nn.Module, teacher: nn.Module, head: Head, inputs: dict[str, Tensor]) -> list[str]:
+    """Return the paths of the modules made of others whose outputs have one shape in both models.
+
+    Of a convolutional network those are its blocks, as long as the residual streams that they write are whole. What
+    several modules hand on counts once.
+    """
+    paths = [path for path, module in teacher.named_modules() if path and next(module.children(), None) is not None]
+    with _watched(teacher, paths) as wanted:
+        head.outputs(teacher, inputs)
+    with _watched(student, paths) as found:
+        head.outputs(student, inputs)
+    shared = {id(y): path for path, y in wanted.items() if path in found and found[path].shape == y.shape}
+    return list(shared.values())
+
+
+@contextmanager
+def _watched(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Record the tensors that modules give, in the order they give them."""
+    seen: dict[str, Tensor] = {}
+
+    def look(path: str) -> Any:
+        return lambda module, args, output: seen.update({path: output} if isinstance(output, Tensor) else {})
+
+    handles = [model.get_submodule(path).register_forward_hook(look(path)) for path in paths]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def unexplained(found: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:

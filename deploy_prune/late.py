@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import nn
 
 from . import parallel
-from .archs import is_convolutional
 from .calibration import sample_indices
 from .checkpoint import Dense
 from .config import Recipe
@@ -64,7 +63,7 @@ class Late:
                 self.dense.model,
                 self.head,
                 train.encode(sample_indices(len(train), recipe.recover_samples or MOST_ROWS, recipe.seed)),
-                Recovery.of(recipe, hidden=not is_convolutional(student)),
+                Recovery.of(recipe),
                 pad_id=self.dense.pad_id,
                 folder=self.scratch / name.replace(" ", "-"),
                 progress=progress,

@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import parallel
+from .archs import is_convolutional
 from .batches import Batch, Batches
 from .calibration import hash_rows
 from .checkpoint import quiet_transformers
 from .config import Augment, Recipe
 from .disk import disk_errors, sha256_file, write_atomically
-from .distil import EVALUATIONS, Distillation, DistilTrainer, Feed, Weights
+from .distil import EVALUATIONS, Distillation, DistilTrainer, Feed, Weights, shared_states
 from .errors import InputError
 from .heads import Head
 from .progress import Progress
@@ -59,14 +60,14 @@ class Recovery:
     seed: int = 0
 
     @classmethod
-    def of(cls, recipe: Recipe, *, hidden: bool = True) -> Recovery:
-        """Return the settings of a recipe that switches recovery on; without `hidden` outputs alone are followed."""
+    def of(cls, recipe: Recipe) -> Recovery:
+        """Return the settings of a recipe that switches recovery on."""
         return cls(
             epochs=recipe.recover_epochs,
             minutes=recipe.recover_minutes,
             lr=recipe.recover_lr,
             batch_rows=recipe.recover_batch,
-            weights=Weights(hidden=float(hidden), labels=recipe.recover_label_share),
+            weights=Weights(labels=recipe.recover_label_share),
             augment=recipe.recover_augment,
             seed=recipe.seed,
         )
@@ -124,9 +125,12 @@ def recover(
             return {**scratch.known["record"], "reused": True}
         stack.enter_context(quiet_transformers())
         stack.enter_context(_trainable(student))
-        model = Distillation(student, teacher.eval(), head, settings.weights)
+        device = next(student.parameters()).device
+        judges = [batch.to(device) for batch in Batches(held, head, pad_id)]
+        own_states = not is_convolutional(student)  # of transformers, whose models give them
+        states = None if own_states else shared_states(student, teacher.eval(), head, judges[0].inputs)
+        model = Distillation(student, teacher.eval(), head, settings.weights, states)
         feed = Feed(train, head, pad_id, settings.batch_rows, settings.seed, settings.augment)
-        judges = [batch.to(model.device) for batch in Batches(held, head, pad_id)]
         if "steps" not in scratch.known:
             scratch.note(**parallel.agree_values(_plan(model, feed, judges, settings)))
         trainer = DistilTrainer(
@@ -160,6 +164,7 @@ def recover(
             "planned_steps": scratch.known["steps"],
             "best_step": trainer.state.best_global_step,
             "resumed": checkpoint is not None,
+            **({} if states is None else {"states": states}),
             "precision": {torch.float32: "fp32", torch.bfloat16: "bf16"}[model.dtype],
             **{name: value for name, value in asdict(settings).items() if name not in ("epochs", "minutes")},
         }

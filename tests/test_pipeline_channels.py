@@ -158,12 +158,14 @@ def test_the_edge_loader_takes_pictures(bundle: Bundle) -> None:
     assert len(answer["scores"]) == 3
 
 
-def test_recovery_follows_the_outputs(tmp_path: Path) -> None:
-    given = settings(tmp_path, recover_epochs=2, recover_lr=1e-3)
+def test_recovery_follows_outputs_and_blocks(tmp_path: Path) -> None:
+    given = settings(tmp_path, compensate="none", recover_epochs=6, recover_lr=1e-3)
     made = run(load_recipe(**given), bench=False)
     record = next(s for s in made.manifest.stages if s.name == "recover").model_dump()
-    assert record["kept"] == (record["loss_after"] < record["loss_before"])
-    assert made.manifest.plan["recovered"] == record["kept"]
+    assert record["states"]
+    assert record["loss_after"] < record["loss_before"]
+    assert record["kept"]
+    assert made.manifest.plan["recovered"]
     x = torch.from_numpy(pixels(4))
     with torch.inference_mode():
         virtual, sliced = (load_variant(made, v)(x) for v in ("virtual", "sliced"))

@@ -159,3 +159,16 @@ def test_experiments_of_image_models(name: str, tmp_path: Path) -> None:
     assert methods == {"pruned", "recovered"} if name == "recover" else {"paper", "default"} <= methods
     assert all(0 <= row["value"] <= 1 for row in document["rows"])
     assert {f.suffix for f in files} >= {".json", ".md", ".csv"}
+
+
+def test_widths_recovery_depth_and_recovery_as_an_experiment(tmp_path: Path) -> None:
+    given = settings(tmp_path, "vit")
+    changed = {"recover_epochs": 1, "recover_depth": 1}
+    setting = Setting(given["model"], given["task"], given["data"], (0.6,), (0,), samples=64, **changed)
+    document, _ = run_experiment("recover", setting, tmp_path / "out")
+    pruned, recovered, shorter, again = document["rows"]
+    methods = [row["method"] for row in document["rows"]]
+    assert methods == ["pruned", "recovered", "depth", "recovered again"]
+    assert pruned["kept_params"] == recovered["kept_params"] > shorter["kept_params"] == again["kept_params"]
+    assert pruned["kept_flops"] > again["kept_flops"]
+    assert 0 in {n for counts in again["layers"] for n in counts.values()}

@@ -77,6 +77,42 @@ def test_a_model_with_other_numbers_for_the_same_names(tmp_path: Path, write: Ca
     assert own.labels == ["EEL", "fox", "Dog", "cat"]
 
 
+def write_pictures(folder: Path, pixels: Sequence[Any], name: str) -> list[str]:
+    folder.mkdir(parents=True)
+    names = [f"{name}_{i}.JPEG" for i in range(len(pixels))]
+    for path, image in zip(names, pixels, strict=True):
+        Image.fromarray(image).save(folder / path)
+    return names
+
+
+def test_splits_that_are_not_read_add_no_classes(tmp_path: Path) -> None:
+    """A test split whose images lie in one folder, whatever its name, belongs to no class."""
+    (write_folders(tmp_path) / "test").rename(tmp_path / "val")
+    write_pictures(tmp_path / "test" / "images", TEST, "secret")
+    data = load(tmp_path)
+    assert data.labels == [*NAMES]
+    assert list(data.evals) == ["val"]
+
+
+def test_tiny_imagenet_as_its_archive_unpacks(tmp_path: Path) -> None:
+    """train/<class>/images/*, val/images/* with val_annotations.txt, test/images/* without classes."""
+    for number, name in enumerate(NAMES):
+        rows = [image for image, label in zip(TRAIN, TRAIN_LABELS, strict=True) if label == number]
+        write_pictures(tmp_path / "train" / name / "images", rows, name)
+    write_pictures(tmp_path / "test" / "images", TEST, "test")
+    files = write_pictures(tmp_path / "val" / "images", TEST, "val")
+    lines = [f"{path}\t{NAMES[n]}\t0\t0\t6\t6\n" for path, n in zip(files, TEST_LABELS, strict=True)]
+    annotations = tmp_path / "val" / "val_annotations.txt"
+    annotations.write_text("".join(lines))
+    data = load(tmp_path, "tiny_imagenet")
+    assert data.labels == [*NAMES]
+    assert sorted(row.label for row in data.train.encode(range(6))) == sorted(TRAIN_LABELS)
+    assert [row.label for row in data.evaluation.rows()] == TEST_LABELS
+    annotations.write_text("".join(lines[:-1]))
+    with pytest.raises(DataError, match=f"does not name the class of .*{files[-1]}"):
+        load(tmp_path, "tiny_imagenet")
+
+
 def test_scores(tmp_path: Path) -> None:
     split = load(write_npz(tmp_path)).evaluation
     outputs = [{"logits": np.eye(3)[row.label]} for row in split.rows()]

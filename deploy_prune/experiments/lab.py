@@ -15,6 +15,7 @@ from ..calibration import sample_indices
 from ..checkpoint import input_signature, load_config, load_dense
 from ..config import Augment
 from ..costs import Budget, counts_of
+from ..depth import Depth, choose, without
 from ..errors import InputError
 from ..fidelity import fidelity
 from ..heads import Head
@@ -58,6 +59,7 @@ class Setting:
     recover_samples: int = 16_384  # training rows, of which a part is held out
     recover_batch: int = 32
     recover_augment: tuple[Augment, ...] = ("none",)  # likewise
+    recover_depth: int = 0  # sub-layers left out of the recovered model, which is then recovered again
 
 
 class Lab:
@@ -135,6 +137,15 @@ class Lab:
             ),
             pad_id=self.pad_id,
         )
+
+    def shorten(self, found: PrunedPlan, student: nn.Module, seed: int, sublayers: int) -> tuple[PrunedPlan, nn.Module]:
+        """Leave sub-layers out of a sliced model, as `--depth-order after` does; return its plan and the model."""
+        whole = [g for g in found.groups if found.plan[g.name].count]
+        rows = self.pruner(seed).rows
+        depth = Depth(sublayers=sublayers)
+        left_out = choose(student, whole, self.head, rows, depth, teacher=self.model, pad_id=self.pad_id)
+        model, plan = without(student, self.model, found.groups, found.plan, left_out)
+        return replace(found, plan=plan), model
 
     def compare(self, model: nn.Module) -> dict[str, Any]:
         """Return a model's quality, and its distance from the dense one, on the whole split."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 from typing import Any
 
 import torch
+from torch import nn
 
-from ..costs import Budget, encoder_flops, removed_params
+from ..costs import Budget, encoder_flops
 from ..criteria import criteria
 from ..fidelity import fidelity
 from ..predict import predict
@@ -144,18 +145,32 @@ def channels(lab: Lab) -> Rows:
 
 
 def recovery(lab: Lab) -> Rows:
-    """Quality at an equal share of FLOPs and parameters, before and after distillation from the dense model."""
+    """Quality at an equal share of FLOPs and parameters, before and after distillation from the dense model.
+
+    With `recover_depth`, that many sub-layers of the recovered model are then left out, and it is distilled again:
+    widths, distillation, depth, distillation.
+    """
     for seed, keep in product(lab.setting.seeds, with_keeps(lab.setting.keeps, (0.7,))):
         found, sliced = lab.prune(Budget(keep_flops=keep, keep_params=keep), seed, DEFAULT)
-        kept_params = 1 - removed_params(found.groups, found.plan) / sum(g.size * g.params for g in found.groups)
-        same = {"keep": keep, "seed": seed, **lab.describe(found), "kept_params": kept_params}
+        same = {"keep": keep, "seed": seed, **lab.describe(found)}
         yield {**same, "method": "pruned", "lr": "-", "augment": "-", **lab.compare(sliced)}
         for lr, augment in product(lab.setting.recover_lr, lab.setting.recover_augment):
+            tried = {**same, "lr": lr, "augment": augment}
             student = copy.deepcopy(sliced)
-            record = lab.recover(student, seed, lr, augment)
-            held = {"held_out_before": record["loss_before"], "held_out_after": record["loss_after"]}
-            tried = {"method": "recovered", "lr": lr, "augment": augment}
-            yield {**same, **tried, **lab.compare(student), **held, "recovery": record}
+            yield {**tried, "method": "recovered", **_recovered(lab, student, tried)}
+            if not lab.setting.recover_depth:
+                continue
+            shorter, student = lab.shorten(found, student, seed, lab.setting.recover_depth)
+            tried |= lab.describe(shorter)
+            yield {**tried, "method": "depth", **lab.compare(student)}
+            yield {**tried, "method": "recovered again", **_recovered(lab, student, tried)}
+
+
+def _recovered(lab: Lab, student: nn.Module, tried: Mapping[str, Any]) -> dict[str, Any]:
+    """Distil a model in place; return its quality and the loss on the held-out rows."""
+    record = lab.recover(student, tried["seed"], tried["lr"], tried["augment"])
+    held = {"held_out_before": record["loss_before"], "held_out_after": record["loss_after"]}
+    return {**lab.compare(student), **held, "recovery": record}
 
 
 def successors(lab: Lab) -> Rows:

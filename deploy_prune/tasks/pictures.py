@@ -17,6 +17,7 @@ from .source import EVALUATION_NAMES, TRAIN_NAMES, role_of, split_files
 from .splitting import split_by_content
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's
 IMAGES = ("image", "img", "images", "picture", "photo")
 LABELS = ("label", "labels", "fine_label", "target", "class", "category")
 
@@ -154,10 +155,10 @@ def _read_file(path: Path, image: str | None, label: str | None) -> dict[str, Pi
 def _read_folder(folder: Path, image: str | None, label: str | None) -> dict[str, Pictures]:
     """Read the splits of a folder: folders of images, parquet files or .npz files, whichever it has."""
     children = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-    roles = (*TRAIN_NAMES, *EVALUATION_NAMES)
-    parts = {p.name.lower(): p for p in children if p.is_dir() and p.name.lower() in roles}
-    if parts:
-        splits = {name: _read_classes(path) for name, path in parts.items()}
+    parts = {p.name.lower(): p for p in children if p.is_dir()}
+    roles = [next((name for name in names if name in parts), "") for names in (TRAIN_NAMES, EVALUATION_NAMES)]
+    if any(roles):  # other splits are not read: a test split may have images of no class
+        splits = {name: _read_classes(parts[name]) for name in roles if name}
         names = sorted({name for split in splits.values() for name in split.names})
         return {name: Pictures(s.source, s.images, s.labels, names) for name, s in splits.items()}
     files = [p for p in children if p.suffix.lower() == ".parquet"]
@@ -190,7 +191,12 @@ def _from_arrays(source: str, arrays: Arrays) -> Pictures:
 
 
 def _read_classes(folder: Path) -> Pictures:
-    """Read a folder with a folder of images for each class, named so; images right in it have no labels."""
+    """Read a folder with a folder of images for each class, named so; images right in it have no labels.
+
+    Tiny-ImageNet's own validation folder is known too: its images lie together, and a file names their classes.
+    """
+    if (folder / ANNOTATIONS).is_file() and (folder / "images").is_dir():
+        return _read_annotated(folder)
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     files = {path: _images_in(path) for path in classes}
     loose = [p for p in sorted(folder.iterdir()) if _is_image(p)]
@@ -203,6 +209,19 @@ def _read_classes(folder: Path) -> Pictures:
     if loose:
         return Pictures(str(folder), loose)
     return Pictures(str(folder), [f for f, _ in found], [c for _, c in found], [p.name for p in classes if files[p]])
+
+
+def _read_annotated(folder: Path) -> Pictures:
+    """Read images whose classes stand in a file of lines "image <tab> class ..."."""
+    lines = (folder / ANNOTATIONS).read_text("utf-8").splitlines()
+    classes = dict(line.split("\t")[:2] for line in lines if "\t" in line)
+    files = _images_in(folder / "images")
+    unknown = [path for path in files if path.name not in classes]
+    if unknown or not files:
+        fault = f"does not name the class of {unknown[0]}" if unknown else f"stands beside no images in {folder}"
+        raise DataError(f"{folder / ANNOTATIONS} {fault}.", hint="Take both from the same archive.")
+    labels = [classes[path.name] for path in files]
+    return Pictures(str(folder), files, labels, sorted(set(labels)))
 
 
 def _images_in(folder: Path) -> list[Path]:
