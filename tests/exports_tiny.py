@@ -24,6 +24,7 @@ FAMILIES = {
     "electra": "regression",
     "mpnet": "embedding",
     "vit": "classification",
+    "deit": "classification",
     "dinov2": "classification",
 }
 

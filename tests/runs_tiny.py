@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,11 +99,13 @@ def image_data(path: Path, train: int = 96, evaluation: int = 24, size: int = 8)
     return path
 
 
-def verified_files(bundle: Bundle) -> set[tuple[str, str, str, str | None]]:
+def verified_files(
+    bundle: Bundle, formats: Sequence[str] = ("onnx", "openvino", "pt2")
+) -> set[tuple[str, str, str, str | None]]:
     """Check that a bundle's files match their models, then and now; return (variant, format, precision, scheme)."""
     artifacts = bundle.manifest.artifacts
     made = {(a.variant, a.format, a.precision, a.scheme) for a in artifacts}
-    assert {(v, f, "fp32", None) for v in VARIANTS for f in ("onnx", "openvino", "pt2")} <= made
+    assert {(v, f, "fp32", None) for v in VARIANTS for f in formats} <= made
     assert all(a.parity.status == "passed" for a in artifacts)
     verified = verify_bundle(bundle)
     verified.check()

@@ -279,8 +279,8 @@ def test_a_run_of_the_digits_is_resolved(digits_demo: demo.DemoPaths) -> None:
 
 
 def test_the_digits_go_the_whole_way(digits_demo: demo.DemoPaths, tmp_path: Path) -> None:
-    """What `make export MODEL=digits-vit` runs, with one format and short measurements."""
-    words = ["run", "digits-vit", "--formats", "onnx", "--runtimes", "ort-cpu", "--bench-seconds", "0.2"]
+    """What `make export MODEL=digits-vit` runs, with two formats and short measurements."""
+    words = ["run", "digits-vit", "--formats", "onnx,openvino", "--runtimes", "ort-cpu", "--bench-seconds", "0.2"]
     assert invoke([*words, "--out", str(tmp_path / "b")]) == 0
     bundle = Bundle.open(tmp_path / "b")
     assert bundle.manifest.model["source"] == str(digits_demo.model)
@@ -293,7 +293,7 @@ def test_the_digits_go_the_whole_way(digits_demo: demo.DemoPaths, tmp_path: Path
     assert counts["sliced"]["encoder_flops"] <= 0.5 * counts["dense"]["encoder_flops"]
     assert bundle.manifest.fidelity["sliced_to_virtual"]["max_abs"] <= 1e-5
     assert {(a.variant, a.format, a.parity.status) for a in bundle.manifest.artifacts} == {
-        (variant, "onnx", "passed") for variant in VARIANTS
+        (variant, kind, "passed") for variant in VARIANTS for kind in ("onnx", "openvino")
     }
     assert {m["model"] for m in latest_bench(bundle)["measurements"]} >= {*VARIANTS}
     assert (bundle.root / "report.html").is_file()

@@ -66,6 +66,7 @@ def settings(folder: Path, family: str = "basic", **changes: Any) -> dict[str, A
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     given = settings(tmp_path_factory.mktemp("run"), request.param, cut_residual=request.param == "resnet")
     whole = request.param in EVERY_FORMAT
+    given["formats"] = ("onnx", "openvino")
     if whole:
         given |= {"formats": ("onnx", "openvino", "pt2"), "precisions": ("fp32", "fp16", "int8")}
     return run(load_recipe(**given, runtimes=("ort-cpu", "torch"), bench_seconds=0.2), bench=whole)
@@ -78,11 +79,12 @@ def pixels(count: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, 3, 16, 16)).astype(np.float32)
 
 
-@every_format
 def test_every_file_matches_its_model(bundle: Bundle) -> None:
-    made = verified_files(bundle)
-    assert ("sliced", "onnx", "fp16", None) in made
-    assert ("sliced", "onnx", "int8", "qdq") in made
+    formats = {a.format for a in bundle.manifest.artifacts}
+    assert formats >= {"onnx", "openvino"}
+    made = verified_files(bundle, sorted(formats))
+    if any(precision == "int8" for _, _, precision, _ in made):
+        assert {("sliced", "onnx", "fp16", None), ("sliced", "onnx", "int8", "qdq")} <= made
 
 
 def test_flops_of_plan_model_and_graph_are_equal(bundle: Bundle) -> None:
@@ -97,9 +99,10 @@ def test_flops_of_plan_model_and_graph_are_equal(bundle: Bundle) -> None:
             assert count_onnx(bundle.path(artifact.path), signature.shapes(5, 1)) == 5 * one
 
 
-def test_engines_of_modules_without_a_config(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engines_of_convolutional_networks(family: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    made = run(load_recipe(**settings(tmp_path, formats=("rtx",))), bench=False)
+    made = run(load_recipe(**settings(tmp_path, family, keep_flops=0.8, formats=("rtx",))), bench=False)
     assert {(a.variant, a.format) for a in made.manifest.artifacts} >= {(v, "rtx") for v in VARIANTS}
 
 
@@ -127,10 +130,10 @@ def test_reload_is_bit_equal_and_every_variant_agrees(bundle: Bundle) -> None:
             out = load_variant(bundle, variant)(x)
             outputs[variant] = (out if isinstance(out, torch.Tensor) else out.logits).numpy()
     scale = max(1.0, float(np.abs(outputs["sliced"]).max()))
-    assert np.abs(outputs["virtual"] - outputs["sliced"]).max() <= 1e-4 * scale
+    assert np.abs(outputs["virtual"] - outputs["sliced"]).max() <= 1e-5 * scale
     assert np.abs(outputs["dense"] - outputs["sliced"]).max() > 1e-5 * scale
     with open_runner(bundle, "ort-cpu", "sliced") as runner:
-        assert np.abs(runner.infer({"pixel_values": x.numpy()})["logits"] - outputs["sliced"]).max() <= 1e-4 * scale
+        assert np.abs(runner.infer({"pixel_values": x.numpy()})["logits"] - outputs["sliced"]).max() <= 1e-5 * scale
 
 
 @every_format
@@ -169,7 +172,7 @@ def test_recovery_follows_outputs_and_blocks(tmp_path: Path) -> None:
     x = torch.from_numpy(pixels(4))
     with torch.inference_mode():
         virtual, sliced = (load_variant(made, v)(x) for v in ("virtual", "sliced"))
-    assert float((virtual - sliced).abs().max()) <= 1e-4 * max(1.0, float(sliced.abs().max()))
+    assert float((virtual - sliced).abs().max()) <= 1e-5 * max(1.0, float(sliced.abs().max()))
 
 
 def test_given_masks_cut_channels(tmp_path: Path) -> None:
