@@ -108,6 +108,9 @@ def probe(
         ),
     ] = 8,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: the physical cores).")] = None,
+    align: Annotated[
+        int, typer.Option(min=1, help="Cut channels to multiples of it, for plans made with the same --align.")
+    ] = 1,
     seconds: Annotated[float, typer.Option(help="Seconds per measured point.")] = 2.0,
     as_json: Json = False,
 ) -> None:
@@ -145,6 +148,7 @@ def probe(
                 seq=seqs,
                 widths=widths,
                 threads=threads,
+                align=align,
                 seconds=seconds,
                 progress=progress,
             )

@@ -190,6 +190,7 @@ class ChannelLatency(BaseModel):
     runtime: str
     batch: int
     threads: int | None = None
+    align: int = 1  # of whose multiples the measured counts were
     image: tuple[int, int, int]
     sizes: dict[str, int]
     base_ms: float = Field(ge=0)

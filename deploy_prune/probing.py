@@ -40,6 +40,7 @@ def probe(
     seq: int | Sequence[int] = 128,
     widths: int = 8,
     threads: int | None = None,
+    align: int = 1,
     seconds: float = 2.0,
     progress: Progress = lambda share: None,
 ) -> AnyLatency:
@@ -48,7 +49,7 @@ def probe(
     A few cut models at a time take turns with the dense one, each in a process of its own, `seconds` for each, and
     count by their ratio to it. Several batches or lengths give a table each, of the same cut models. Of transformers
     every point cuts all layers alike, so that caches and memory behave as in the whole model; of convolutional networks
-    see `channel_table`.
+    see `channel_table`; `align` cuts them to multiples, for plans that do so too.
     Raises InputError for a runtime, length or architecture that cannot be probed.
     """
     if runtime not in available_runtimes():
@@ -71,7 +72,9 @@ def probe(
     if isinstance(surgery, ChannelSurgery):
         if len(places) > 1:
             raise InputError("A convolutional network's table is of one batch.", hint="Probe each into its own file.")
-        return channel_table(surgery, dense.signature, places[0], widths, ratios)
+        return channel_table(surgery, dense.signature, places[0], widths, ratios, align)
+    if align > 1:
+        raise InputError("Widths between measured ones are interpolated.", hint="Leave --align out.")
     tables = unit_tables(surgery.groups, places, widths, ratios)
     return tables[0] if len(tables) == 1 else LatencyTables.of(tables)
 
@@ -111,17 +114,17 @@ def unit_table(
 
 
 def channel_table(
-    surgery: ChannelSurgery, signature: Signature, place: Place, widths: int, ratios: Ratios
+    surgery: ChannelSurgery, signature: Signature, place: Place, widths: int, ratios: Ratios, align: int = 1
 ) -> ChannelLatency:
     """Measure networks cut alike and raggedly, and fit ms = base + sum over classes (a FLOPs + b elements), a, b >= 0.
 
-    A class are the layers alike in positions and kernel; elements are those that they read and write. Every fourth
-    network, or of fewer the last, is held out of a first fit to tell the error.
+    A class are the layers alike in positions and kernel; elements are those that they read and write. Counts are
+    multiples of `align`. Every fourth network, or of fewer the last, is held out of a first fit to tell the error.
     """
     assert signature.image is not None
     works, class_of = work_classes(surgery.graph)
     whole = {g.name: g.size for g in surgery.groups}
-    plans = [whole, *channel_plans(surgery.groups, class_of, widths)]
+    plans = [whole, *channel_plans(surgery.groups, class_of, widths, align)]
     ((found, dense_ms),) = ratios(plans[1:])
     ms = dense_ms * np.array([1.0, *(r.value for r in found)])
     features = np.array([[1.0, *(t.cost(p) for w in works for t in (w.flops, w.elements))] for p in plans])
@@ -133,6 +136,7 @@ def channel_table(
         runtime=place.runtime,
         batch=place.batch,
         threads=place.threads,
+        align=align,
         image=signature.image,
         sizes=whole,
         base_ms=float(rates[0]),
@@ -158,14 +162,19 @@ def channel_table(
     return table
 
 
-def channel_plans(groups: Sequence[Units], class_of: Mapping[str, str], widths: int) -> list[dict[str, int]]:
-    """Return counts per group of `widths` - 1 networks cut alike, and of twice `widths` ragged ones (seed 0)."""
+def channel_plans(
+    groups: Sequence[Units], class_of: Mapping[str, str], widths: int, align: int = 1
+) -> list[dict[str, int]]:
+    """Return counts per group of `widths` - 1 networks cut alike, and of twice `widths` ragged ones (seed 0).
+
+    Counts are multiples of `align`, one at least, or all that a group has.
+    """
     rng = np.random.default_rng(0)
     shares = [dict.fromkeys(class_of, i / widths) for i in range(1, widths)]
     for _ in range(2 * widths):
         level = {name: rng.uniform(0.1, 1.0) for name in dict.fromkeys(class_of.values())}
         shares.append({name: level[kind] * rng.uniform(0.6, 1.4) for name, kind in class_of.items()})
-    return [{g.name: int(np.clip(round(s[g.name] * g.size), 1, g.size)) for g in groups} for s in shares]
+    return [{g.name: min(g.size, align * max(1, round(s[g.name] * g.size / align))) for g in groups} for s in shares]
 
 
 def fit_rates(features: np.ndarray, ms: np.ndarray) -> np.ndarray:

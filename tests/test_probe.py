@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 from conv_tiny import tiny_cnn
-from runs_tiny import checkpoint, data, linear_costs
+from runs_tiny import checkpoint, data, image_checkpoint, linear_costs
 from test_core_search import toy_groups
 
 from deploy_prune.bundle import Bundle
+from deploy_prune.channel_costs import work_classes
 from deploy_prune.channel_pruner import ChannelPruner
 from deploy_prune.cli import invoke
 from deploy_prune.costs import Budget, latency_table
 from deploy_prune.errors import InputError
 from deploy_prune.heads import Head
 from deploy_prune.latency_table import ChannelLatency, LatencyTable, read_latency_table
-from deploy_prune.probing import Measured, channel_table, probe
+from deploy_prune.probing import Measured, channel_plans, channel_table, probe
 from deploy_prune.runtime_bench.bench import Place
 from deploy_prune.runtime_bench.probe import Point, grid, kind_tables
 from deploy_prune.runtime_bench.stats import Ratio
@@ -198,6 +199,24 @@ def test_a_convolutional_network_is_probed_at_one_width() -> None:
     assert len(found.points) == 3
     assert found.largest_error == found.mean_error  # of the one network that was held out
     assert 0 <= found.largest_error < 1
+
+
+def test_channels_are_probed_at_the_multiples_that_plans_will_have() -> None:
+    surgery = surgery_of(tiny_cnn("vgg"), (3, 16, 16))
+    assert isinstance(surgery, ChannelSurgery)
+    class_of = work_classes(surgery.graph)[1]
+    free, aligned = (channel_plans(surgery.groups, class_of, 6, align) for align in (1, 4))
+    assert len(free) == len(aligned) == 5 + 12
+    sizes = {g.name: g.size for g in surgery.groups}
+    assert all(n % 4 == 0 or n == sizes[name] for plan in aligned for name, n in plan.items())
+    assert all(abs(plan[name] - other[name]) <= 4 for plan, other in zip(free, aligned, strict=True) for name in plan)
+    assert any(n % 4 for plan in free for n in plan.values())
+
+
+def test_a_probe_of_heads_and_widths_is_not_aligned(tmp_path: Path) -> None:
+    model = image_checkpoint(tmp_path / "model", "vit")
+    with pytest.raises(InputError, match="interpolated"):
+        probe(str(model), align=8)
 
 
 @pytest.mark.parametrize(
