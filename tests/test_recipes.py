@@ -20,9 +20,10 @@ from runs_tiny import checkpoint, data
 
 from deploy_prune.archs import arch_of
 from deploy_prune.checkpoint import load_dense
-from deploy_prune.config import ALLOW_CODE
+from deploy_prune.config import ALLOW_CODE, load_recipe
 from deploy_prune.costs import encoder_flops
 from deploy_prune.experiments import Setting, run_experiment
+from deploy_prune.pipeline import run
 from deploy_prune.runtime_bench.slowdown import slow_down
 from deploy_prune.units import SlicePlan
 
@@ -182,6 +183,15 @@ def test_the_networks_of_the_experiments_are_made(tmp_path: Path, monkeypatch: p
     settings = Setting(str(tmp_path / "lenet"), "mnist", str(tmp_path / "mnist.npz"), (0.5,), (0,), samples=64)
     document, _ = run_experiment("cnn", settings, tmp_path / "out")
     assert {row["method"] for row in document["rows"]} >= {"+ fold", "obs label-free, refit"}
+    given = {"model": settings.model, "task": "mnist", "data": settings.data, "keep_flops": 0.5, "samples": 64}
+    quick = {"formats": ("onnx",), "runtimes": ("ort-cpu",), "bench_seconds": 0.2}
+    for align in (1, 2):
+        run(load_recipe(**given, **quick, align=align, out=str(tmp_path / str(align))))
+    cnn.latency(tmp_path / "latency", [tmp_path / "1", tmp_path / "2"])
+    rows = json.loads((tmp_path / "latency.json").read_text())["rows"]
+    assert [(row["align"], row["runtime"], row["batch"]) for row in rows] == [(1, "ort-cpu", 1), (2, "ort-cpu", 1)]
+    assert all(0 < row["ratio_low"] <= row["ratio_to_dense"] <= row["ratio_high"] for row in rows)
+    assert all(row["kept_flops"] <= 0.5 for row in rows)
 
 
 def test_characters_of_fonts_are_images_of_many_classes(

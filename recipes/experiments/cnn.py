@@ -8,6 +8,8 @@ python $C train mnist.npz models/lenet-mnist                        # a folder t
 python $C folder resnet56 resnet56-cifar10/model.safetensors models/resnet56-cifar10 --task cifar10
 deploy-prune experiment cnn --model models/lenet-mnist --task mnist --data mnist.npz
 deploy-prune experiment cnn --model models/resnet56-cifar10 --task cifar10 --data cifar10.npz --keep 0.5
+deploy-prune run models/resnet56-cifar10 --task cifar10 --data cifar10.npz --keep-flops 0.5 --align 8 --out bundles/8
+python $C latency docs/results/resnet56-latency bundles/1 bundles/8
 python $C rival models/resnet56-cifar10 --task cifar10 --data cifar10.npz --keep 0.5 --out docs/results
 
 `rival` needs torch-pruning 1.6. Its importances rank inner channels alone and all groups, globally and locally, each
@@ -33,6 +35,7 @@ from cnn_rival import renewed, rivals
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from deploy_prune.bundle import Bundle
 from deploy_prune.calibration import sample_indices
 from deploy_prune.disk import write_atomically
 from deploy_prune.experiments import Lab, Setting
@@ -43,6 +46,7 @@ from deploy_prune.images import ImageProcessor
 from deploy_prune.module_checkpoint import ModuleConfig, save_module
 from deploy_prune.predict import predict
 from deploy_prune.runtime_bench.flops import count_torch
+from deploy_prune.runtime_bench.results import latest_bench
 from deploy_prune.tasks import load_task
 from deploy_prune.tasks.base import Row
 from deploy_prune.tasks.registry import find_spec
@@ -154,6 +158,40 @@ def rival(
                 write_atomically(out / f"{stem}.partial.json", json.dumps(document, indent=1) + "\n")
     write(document, out, stem)
     (out / f"{stem}.partial.json").unlink()
+
+
+@app.command()
+def latency(out: Annotated[Path, typer.Argument(help="Folder and stem of the files.")], bundles: list[Path]) -> None:
+    """Put the newest measurements of a network's bundles, each with an --align of its own, into one table."""
+    opened = [Bundle.open(folder) for folder in bundles]
+    benches = [latest_bench(bundle) for bundle in opened]
+    rows = []
+    for manifest, bench in zip((bundle.manifest for bundle in opened), benches, strict=True):
+        recipe, counts = manifest.recipe, manifest.counts
+        same = {name: recipe[name] for name in ("keep_flops", "align", "seed")}
+        same["value"] = manifest.quality["sliced"]["value"]
+        same["kept_flops"] = counts["sliced"]["flops"] / counts["dense"]["flops"]
+        for found in bench["measurements"]:
+            if found["model"] == "sliced":
+                ratio = found["ratio"]
+                shown = {"ratio_to_dense": ratio["value"], "ratio_low": ratio["low"], "ratio_high": ratio["high"]}
+                place = {"runtime": found["runtime"], "batch": found["batch"]}
+                rows.append({**same, **place, "median_ms": found["latency_ms"]["median"], **shown})
+    first = opened[0].manifest
+    document = {
+        "experiment": "cnn-latency",
+        "title": "Channels in multiples",
+        "setting": {"model": Path(first.recipe["model"]).name} | {k: first.recipe[k] for k in ("task", "samples")},
+        "dense": first.quality["dense"],
+        "evaluated": {"split": "evaluation", "rows": first.quality["dense"]["n"]},
+        "machine": benches[0]["machine"],
+        "by": ["runtime", "batch", "align"],
+        "columns": ["value", "kept_flops", "median_ms", "ratio_to_dense", "ratio_low", "ratio_high"],
+        "figure": None,
+        "rows": rows,
+    }
+    for file in write(document, out.parent, out.name):
+        typer.echo(str(file))
 
 
 def rival_rows(lab: Lab, keep: float, seed: int) -> Iterator[dict[str, Any]]:
