@@ -22,6 +22,7 @@ from .criteria import Criterion, Evidence, get_criterion
 from .criteria.base import Scores
 from .errors import InfeasibleBudgetError, InputError
 from .graph_runner import GraphRunner
+from .latency_table import ChannelLatency
 from .lengths import Lengths
 from .masking import Updates
 from .progress import Progress
@@ -60,6 +61,12 @@ class ChannelPruner(Pruner):
         staying = "; ".join(self.graph.staying())
         if staying:
             self.reporter.note(f"Channels that stay: {staying}")
+        align = (options or Options()).align
+        if isinstance(budget.lut, ChannelLatency) and align % budget.lut.align:
+            self.reporter.note(
+                f"The latency table was measured at multiples of {budget.lut.align} channels, and predicts those of"
+                f" {align} less well: --align {budget.lut.align}, or probe with --align {align}."
+            )
         try:
             return super().prune(budget, options)
         except InfeasibleBudgetError as error:

@@ -21,10 +21,12 @@ from deploy_prune.errors import InputError
 from deploy_prune.heads import Head
 from deploy_prune.latency_table import ChannelLatency, LatencyTable, read_latency_table
 from deploy_prune.probing import Measured, channel_plans, channel_table, probe
+from deploy_prune.progress import Silent
 from deploy_prune.runtime_bench.bench import Place
 from deploy_prune.runtime_bench.probe import Point, grid, kind_tables
 from deploy_prune.runtime_bench.stats import Ratio
 from deploy_prune.signature import Signature
+from deploy_prune.stages import Options
 from deploy_prune.surgery import ChannelSurgery, surgery_of
 from deploy_prune.tasks.base import Row
 
@@ -241,3 +243,16 @@ def test_a_channel_table_of_another_image_size_or_batch_is_refused(
         return
     with pytest.raises(InputError, match=said):
         pruner.limits(budget, budget.lengths_over(rows))
+
+
+@pytest.mark.parametrize(("align", "told"), [(1, True), (6, True), (4, False), (8, False)])
+def test_plans_of_other_multiples_than_the_table_are_told(align: int, told: bool) -> None:
+    table, images = channel_latency_table(), np.zeros((32, 3, 16, 16), np.float32)
+    notes: list[str] = []
+    reporter = Silent()
+    reporter.note = notes.append  # type: ignore[method-assign]
+    rows = [Row({"pixel_values": image}, 0, tokens=1) for image in images]
+    pruner = ChannelPruner(tiny_cnn("vgg"), Head("classification"), rows, reporter=reporter)
+    budget = Budget(keep_latency=0.9, lut=table.model_copy(update={"align": 4}))
+    pruner.prune(budget, Options(align=align, compensate="none", criterion="magnitude-l1-out"))
+    assert any(f"at multiples of 4 channels, and predicts those of {align}" in note for note in notes) == told
