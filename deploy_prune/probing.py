@@ -74,7 +74,10 @@ def probe(
             raise InputError("A convolutional network's table is of one batch.", hint="Probe each into its own file.")
         return channel_table(surgery, dense.signature, places[0], widths, ratios, align)
     if align > 1:
-        raise InputError("Widths between measured ones are interpolated.", hint="Leave --align out.")
+        raise InputError(
+            "align is for channels; widths of a transformer between measured ones are interpolated.",
+            hint="Leave --align out, for plans of any --align.",
+        )
     tables = unit_tables(surgery.groups, places, widths, ratios)
     return tables[0] if len(tables) == 1 else LatencyTables.of(tables)
 
